@@ -1,0 +1,403 @@
+"""The configuration: frozen, validated data beside its documentation. Knows no torch, no MPI.
+
+Every key is declared once, here, with its range and its meaning; the reference in the README is generated from
+these declarations (`python -m feddip_mpi.config`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from feddip_mpi.errors import InputError
+
+
+def _on_off(value: Any) -> Any:
+    """YAML 1.1 reads a bare `on` or `off` as a boolean; the key means the word."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SyntheticConfig(_Section):
+    """Shape and size of the generated data set (`data.name: synthetic`)."""
+
+    shape: tuple[int, int, int] = Field((1, 28, 28), description="channels, height, width of one image")
+    classes: int = Field(10, ge=2, le=65536, description="number of classes")
+    train_samples: int = Field(6000, ge=1, description="training images")
+    test_samples: int = Field(1000, ge=1, description="test images")
+
+
+class DataConfig(_Section):
+    """Which data, where it lies, and how it is split over the clients."""
+
+    name: str = Field(
+        "fashion-mnist",
+        description="fashion-mnist, mnist, cifar10, cifar100, npz, hdf5, synthetic, or an import path package.module:function",
+    )
+    path: str | None = Field(
+        None, description="folder (or file, for npz and hdf5) of the data; default: $FEDDIP_DATA, then the usual places"
+    )
+    download: bool = Field(False, description="fetch the official files when they are missing (SHA-256 checked)")
+    partition: Literal["iid", "dirichlet", "pathological", "quantity"] = Field(
+        "iid", description="how the training images are split over the clients"
+    )
+    alpha: float = Field(0.5, gt=0, le=1e6, description="concentration of dirichlet and quantity: smaller is more skewed")
+    min_samples: int = Field(10, ge=1, description="fewest training images a client may get (dirichlet, quantity)")
+    classes_per_client: int = Field(2, ge=1, description="classes each client holds (pathological)")
+    augment: Literal["none", "standard"] = Field(
+        "none", description="standard: random crop with 4 pixels of padding and horizontal flip, on the device"
+    )
+    synthetic: SyntheticConfig = Field(default_factory=SyntheticConfig, description="shape and size of synthetic data")
+
+
+class ModelConfig(_Section):
+    """The network."""
+
+    name: str = Field(
+        "lenet5", description="lenet5, alexnet, vgg11, resnet18, resnet50, or an import path package.module:function"
+    )
+    keep_dense: tuple[str, ...] = Field((), description="names of weight tensors exempt from pruning")
+
+
+class SparsityConfig(_Section):
+    """Share of zeros among the prunable weights, and its way from initial to final."""
+
+    initial: float = Field(0.5, ge=0, lt=1, description="s_0, share of zeros of the initial mask")
+    final: float = Field(0.9, ge=0, lt=1, description="s_p, share of zeros of the final model, exact to one weight")
+    schedule: Literal["cubic", "linear", "constant", "one_shot"] = Field(
+        "cubic", description="the shape of s_t; constant: s_p from the first update; one_shot: s_p at the last update"
+    )
+
+
+class MaskConfig(_Section):
+    """When and how the mask is drawn and renewed."""
+
+    every: int = Field(5, ge=1, description="R, rounds between mask updates")
+    initial: Literal["erk", "uniform", "magnitude", "snip", "none"] = Field(
+        "erk", description="the rule of the first mask; none: dense until the first update"
+    )
+    freeze_after: float = Field(
+        1.0, gt=0, le=1, description="share of the rounds after which the mask stays fixed (s_t reaches s_p by then)"
+    )
+
+
+class PenaltyConfig(_Section):
+    """Incremental regularisation: lambda_t times the norm of each pruned weight tensor."""
+
+    maximum: float = Field(1e-3, ge=0, le=1e3, description="lambda_max")
+    steps: int = Field(20, ge=1, description="Q, number of equal steps from 0 to lambda_max")
+    schedule: Literal["steps", "published", "constant", "linear", "off"] = Field(
+        "steps", description="the shape of lambda_t; published: the published code's 20 segments from 5e-4"
+    )
+    norm: Literal["l2", "l2_squared", "l1"] = Field("l2", description="the norm per tensor; the paper's is l2, not squared")
+
+
+ValueType = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+
+class UploadConfig(_Section):
+    """What a client sends, and what it remembers of the rest."""
+
+    values: ValueType = Field("fp32", description="how a value travels; int8 and int4 carry one scale per block")
+    rounding: Literal["nearest", "stochastic"] = Field("nearest", description="rounding of values that are quantised")
+    mode: Literal["masked", "dense_at_mask_updates", "dense"] = Field(
+        "masked", description="which prunable coordinates travel: those in the mask (plus regrow), or all"
+    )
+    regrow: float = Field(
+        0.02, ge=0, le=1e6, description="coordinates sent from outside the mask, as a fraction of the kept weights"
+    )
+    regrow_schedule: Literal["constant", "linear"] = Field(
+        "linear", description="constant, or falling linearly to 0 at the last mask update"
+    )
+    regrow_rounds: Literal["mask_updates", "all"] = Field(
+        "mask_updates", description="send regrow coordinates only in rounds that update the mask, or in all"
+    )
+    residual: Literal["keep", "decay", "in_mask_only", "drop"] = Field(
+        "keep", description="what a client keeps of the part it did not send"
+    )
+    residual_decay: float = Field(0.9, ge=0, le=1, description="factor per absent round (upload.residual: decay)")
+
+
+class EvalConfig(_Section):
+    """Evaluation of the truly pruned model on the test images."""
+
+    every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
+    batch_size: int = Field(500, ge=1, description="images per evaluation batch")
+    clients: bool = Field(False, description="also report the accuracy on each client's own test part")
+
+
+class CheckpointConfig(_Section):
+    """When the state is saved."""
+
+    every: int = Field(10, ge=1, description="rounds between checkpoints; the last round is always saved")
+    keep: int = Field(3, ge=1, description="newest checkpoints kept")
+    best: bool = Field(True, description="also keep the checkpoint with the best test accuracy at the final sparsity")
+    minutes: float | None = Field(None, gt=0, description="also save when this many minutes passed since the last save")
+
+
+class Config(_Section):
+    """One experiment. Symbols in descriptions are those of docs/method.md."""
+
+    seed: int = Field(1, ge=0, lt=2**63, description="every random stream derives from it")
+    rounds: int = Field(100, ge=1, description="T, communication rounds")
+    clients: int = Field(50, ge=1, description="N, clients in the federation")
+    participants: int = Field(5, ge=1, description="K, clients that take part in a round")
+    local_epochs: int = Field(5, ge=1, description="E, passes over a client's data per round")
+    batch_size: int = Field(128, ge=1, description="B, images per SGD step")
+    learning_rate: float = Field(0.1, gt=0, le=1e3, description="eta_0")
+    learning_rate_decay: float = Field(0.998, gt=0, le=1, description="gamma, factor per round")
+    weight_decay: float = Field(5e-4, ge=0, le=1e3, description="mu, on all parameters")
+    method: Literal["feddip", "fedavg", "fedprox"] = Field("feddip", description="the federated method")
+    proximal: float = Field(0.01, ge=0, le=1e6, description="strength of FedProx's proximal term")
+    feedback: bool = Field(True, description="pruned weights keep moving and may grow back; off also masks the gradient")
+    server_memory: typing.Annotated[Literal["on", "off", "published"], BeforeValidator(_on_off)] = Field(
+        "on", description="on: pruned mass is remembered; off: only the pruned model is; published: masks nest"
+    )
+    exchange: Literal["allgatherv"] = Field("allgatherv", description="the collective that carries the updates")
+    data: DataConfig = Field(default_factory=DataConfig, description="the data and its partition")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the network")
+    sparsity: SparsityConfig = Field(default_factory=SparsityConfig, description="the sparsity schedule")
+    mask: MaskConfig = Field(default_factory=MaskConfig, description="the mask")
+    penalty: PenaltyConfig = Field(default_factory=PenaltyConfig, description="the penalty schedule")
+    upload: UploadConfig = Field(default_factory=UploadConfig, description="the upload")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: int = Field(1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads")
+    deterministic: bool = Field(True, description="on a GPU, only algorithms that repeat bit for bit")
+
+
+# What `resume` may change: nothing here alters the meaning of the rounds that are already done.
+RESUMABLE_KEYS = (
+    "rounds", "exchange", "data.path", "eval.every", "eval.clients", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.best", "checkpoint.minutes", "device",
+)  # fmt: skip
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `KEY=VALUE` overrides, validate.
+
+    Raises:
+        InputError: the file cannot be read or is not YAML, or any key or value is wrong (all problems at once).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the configuration {str(path)!r}: {error}; name a YAML file (see configs/)") from None
+    return parse(text, overrides, source=str(path))
+
+
+def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration") -> Config:
+    """Parse and validate YAML text; `source` names it in errors. See `load`."""
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"{source}: not valid YAML: {detail}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: expected keys and values (rounds: 100), got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, source)
+
+
+def validate(values: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate nested plain values. Raises InputError that lists every problem."""
+    problems: dict[str, str] = {}
+    config: Config | None = None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            key = ".".join(str(part) for part in item["loc"])
+            problems.setdefault(key, _describe(key, item))
+        config = _without(values, problems)
+    if config is not None:
+        for keys, message in _cross_field_problems(config):
+            if not any(bad == key or bad.startswith(key + ".") for bad in problems for key in keys):
+                problems[keys[0]] = message
+    if problems:
+        lines = "\n".join(f"  {message}" for message in problems.values())
+        raise InputError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
+    assert config is not None
+    return config
+
+
+def override(config: Config, overrides: Sequence[str], allowed: Sequence[str] | None = None) -> Config:
+    """A validated copy of `config` with `KEY=VALUE` overrides; `allowed` limits the keys (for resume)."""
+    values = to_dict(config)
+    for item in overrides:
+        key = item.split("=", 1)[0].strip()
+        if allowed is not None and "=" in item and key not in allowed:
+            raise InputError(
+                f"--set {item}: {key!r} cannot change in a resumed run; allowed: {', '.join(allowed)}; "
+                "start a new run with `train` to change anything else"
+            )
+        _apply_override(values, item)
+    return validate(values, "--set")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values (JSON types) from which `validate` makes an equal Config."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text that `parse` reads back to an equal Config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: the last one would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            try:
+                twice = key in seen
+                seen.add(key)
+            except TypeError:
+                raise yaml.YAMLError(f"{key!r} in line {key_node.start_mark.line + 1} is no key name") from None
+            if twice:
+                raise yaml.YAMLError(f"key {key!r} given twice (second time in line {key_node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+def _apply_override(values: dict[str, Any], item: str) -> None:
+    key, separator, text = item.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise InputError(f"--set {item!r}: expected KEY=VALUE, for example --set sparsity.final=0.95")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise InputError(f"--set {item!r}: the value {text!r} is not valid YAML; quote it") from None
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        child = section.setdefault(parent, {})
+        if child is None:
+            child = section[parent] = {}
+        if not isinstance(child, dict):
+            raise InputError(f"--set {item!r}: {parent!r} holds the value {child!r}, not a section")
+        section = child
+    section[last] = value
+
+
+def _describe(key: str, item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, list(keys()), n=1, cutoff=0.5)
+        tail = [k for k in keys() if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        hint = f"did you mean {(tail or near)[0]!r}?" if tail or near else f"valid keys: {', '.join(Config.model_fields)}"
+        return f"{key}: unknown key; {hint}"
+    message = item["msg"][:1].lower() + item["msg"][1:]
+    return f"{key}: got {_shorten(item['input'])}; {message}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _without(values: Mapping[str, Any], bad_keys: Mapping[str, str]) -> Config | None:
+    """The configuration with defaults in place of the wrong keys, so that the other rules can still be checked."""
+    copy = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for key in bad_keys:
+        parts = key.split(".")
+        section: Any = copy
+        for part in parts[:-1]:
+            if not isinstance(section, dict) or not isinstance(section.get(part), dict):
+                break
+            section = section[part]
+        else:
+            section.pop(parts[-1], None)
+    try:
+        return Config.model_validate(copy)
+    except ValidationError:
+        return None
+
+
+def _cross_field_problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Rules between keys: the keys concerned, and the message."""
+    c = config
+    if c.participants > c.clients:
+        yield ("participants", "clients"), (
+            f"participants: got {c.participants}, more than clients = {c.clients}; lower participants or raise clients"
+        )
+    if c.sparsity.initial > c.sparsity.final:
+        yield ("sparsity.initial", "sparsity.final"), (
+            f"sparsity.initial: got {c.sparsity.initial}, above sparsity.final = {c.sparsity.final}; "
+            "sparsity only grows: lower initial or raise final"
+        )
+    shape = c.data.synthetic.shape
+    if min(shape) < 1:
+        yield ("data.synthetic.shape",), f"data.synthetic.shape: got {list(shape)}; every number must be at least 1"
+    if c.data.name == "synthetic" and c.data.synthetic.train_samples < c.clients:
+        yield ("data.synthetic.train_samples", "clients"), (
+            f"data.synthetic.train_samples: got {c.data.synthetic.train_samples}, fewer than clients = {c.clients}; "
+            "every client needs at least one image"
+        )
+    if c.method == "feddip" and c.sparsity.final == 0 and c.mask.initial != "none" and c.sparsity.initial == 0:
+        return  # dense FedDIP is legal: it is FedAvg with a penalty
+
+
+def keys() -> Iterator[str]:
+    """All dotted keys, sections excluded, in the order of their declaration."""
+    for key, _, _ in fields():
+        yield key
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, pydantic field, default) of every leaf key."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field, field.get_default(call_default_factory=True)
+
+
+def reference() -> str:
+    """The configuration reference as a Markdown table."""
+    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key, field, default in fields():
+        shown = list(default) if isinstance(default, tuple) else default
+        value = {True: "on", False: "off", None: "none"}.get(shown, shown) if not isinstance(shown, list) else shown
+        if isinstance(shown, (int, float)) and not isinstance(shown, bool):
+            value = shown
+        rows.append(f"| `{key}` | {value} | {_allowed(field)} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _allowed(field: Any) -> str:
+    annotation = field.annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(str(a) for a in typing.get_args(annotation))
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [
+        f"{sign} {getattr(rule, name)}"
+        for rule in field.metadata
+        for name, sign in signs.items()
+        if getattr(rule, name, None) is not None
+    ]
+    kind = {int: "integer", float: "number", bool: "on, off", str: "text"}.get(annotation, "list")
+    return " ".join([kind, " and ".join(limits)]).strip()
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

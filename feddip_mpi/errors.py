@@ -1,0 +1,37 @@
+"""Every error the program raises on purpose, and the exit code that each one ends the process with."""
+
+
+class FeddipError(Exception):
+    """Base class. The message names the thing, its value, what is allowed and the way out."""
+
+    exit_code = 1
+
+
+class InputError(FeddipError):
+    """Wrong configuration, command line or data: nothing was started, nothing is lost."""
+
+    exit_code = 2
+
+
+class DamagedFileError(FeddipError):
+    """A file of ours exists but its content does not verify."""
+
+    exit_code = 3
+
+
+class NumericalError(FeddipError):
+    """A loss or an update is NaN or infinite: training cannot go on from here."""
+
+    exit_code = 4
+
+
+class PeerError(FeddipError):
+    """Ranks disagree: a replica drifted, or a message does not fit the round."""
+
+    exit_code = 5
+
+
+class Stopped(FeddipError):
+    """A signal asked the run to stop; the state was saved and `resume` continues it (EX_TEMPFAIL)."""
+
+    exit_code = 75
