@@ -1,0 +1,93 @@
+"""Accuracy and loss of the truly pruned model on the test images, in batches that any rank may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feddip_mpi.local import DeviceData
+from feddip_mpi.vector import BoundModel
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Scores of some evaluation batches of this rank.
+
+    Attributes:
+        losses: float64 [batches], summed cross-entropy of each batch, 0 for batches of other ranks.
+        correct: uint8 [images], bit 0: top-1 right, bit 1: top-5 right; 0 for images of other ranks.
+    """
+
+    losses: np.ndarray
+    correct: np.ndarray
+
+
+def score(
+    bound: BoundModel, weights: Tensor, data: DeviceData, batch_size: int, rank: int = 0, ranks: int = 1
+) -> BatchScores:
+    """Evaluate every `ranks`-th batch in eval mode without autograd.
+
+    Batches are cut the same way for any number of ranks, so that sums in batch order give the same bits.
+
+    Args:
+        weights: float32 [n], the pruned model.
+        data: the test split.
+    """
+    bound.vector.copy_(weights)
+    bound.model.eval()
+    count = data.labels.numel()
+    starts = list(range(0, count, batch_size))
+    losses = np.zeros(len(starts))
+    correct = torch.zeros(count, dtype=torch.uint8, device=data.labels.device)
+    with torch.inference_mode():
+        for batch, start in enumerate(starts):
+            if batch % ranks != rank:
+                continue
+            part = slice(start, min(start + batch_size, count))
+            logits = bound.model(data.normalised(data.images[part]))
+            labels = data.labels[part]
+            losses[batch] = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            correct[part] = _right(logits, labels)
+    return BatchScores(losses, correct.cpu().numpy())
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """uint8 [B]: bit 0 top-1, bit 1 top-5. Equal logits rank by class index."""
+    own = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    place = ahead.sum(dim=1)
+    # A model that returns NaN is never right: NaN compares false, which would look like first place.
+    finite = torch.isfinite(logits).all(dim=1)
+    return ((place < 1) & finite).to(torch.uint8) + 2 * ((place < 5) & finite).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Merged scores: mean loss, top-1 and top-5 accuracy in [0, 1], accuracy of each client's own test part."""
+
+    loss: float
+    top1: float
+    top5: float
+    by_client: tuple[float | None, ...] | None = None
+
+
+def merge(parts: Sequence[BatchScores], client_parts: Sequence[np.ndarray] | None = None) -> Scores:
+    """Combine the ranks' scores; sums run in batch order whoever computed a batch."""
+    losses = np.sum([part.losses for part in parts], axis=0)  # each batch is non-zero on one rank only: exact
+    correct = np.bitwise_or.reduce([part.correct for part in parts])
+    top1 = correct & 1
+    by_client = None
+    if client_parts is not None:
+        by_client = tuple(float(top1[part].mean()) if len(part) else None for part in client_parts)
+    count = correct.size
+    return Scores(
+        loss=float(np.cumsum(losses)[-1]) / count,
+        top1=int(top1.sum()) / count,
+        top5=int((correct >> 1).sum()) / count,
+        by_client=by_client,
+    )

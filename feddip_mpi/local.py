@@ -1,0 +1,206 @@
+"""One client's round on one device: dynamic pruning with feedback (DPF) over one flat vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feddip_mpi.data import augment
+from feddip_mpi.streams import stream, torch_seed
+from feddip_mpi.vector import BoundModel, Layout
+
+
+@dataclass(frozen=True)
+class LocalRule:
+    """How a client trains; the symbols of docs/method.md, "Local training".
+
+    Attributes:
+        seed: the run's seed.
+        epochs, batch_size: E and B.
+        weight_decay: mu, on all parameters.
+        feedback: pruned weights keep moving; otherwise their gradient is masked too.
+        penalty_norm: "l2" (the paper's, not squared), "l2_squared" or "l1", per prunable tensor.
+        proximal: FedProx's mu; its term (mu / 2) ||w - w_received||^2 adds mu (w - w_received) to the gradient.
+        augment: "none" or "standard".
+    """
+
+    seed: int
+    epochs: int
+    batch_size: int
+    weight_decay: float
+    feedback: bool = True
+    penalty_norm: str = "l2"
+    proximal: float = 0.0
+    augment: str = "none"
+
+
+@dataclass(frozen=True)
+class DeviceData:
+    """A data split on the device.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+        mean, std: float32 [1, C, 1, 1] in units of one grey level (0..255).
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 or float [B, C, H, W] as normalised float32."""
+        return (images.to(torch.float32) - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client's round leaves: its update float32 [n], mean loss over its batches, images trained on."""
+
+    update: Tensor
+    loss: float
+    samples: int
+
+
+class LocalTrainer:
+    """Trains any client of this rank, one after the other, in the same buffers: memory grows with the model only."""
+
+    def __init__(self, bound: BoundModel, data: DeviceData, rule: LocalRule) -> None:
+        self.bound, self.data, self.rule = bound, data, rule
+        layout = bound.layout
+        self._weights = torch.empty(layout.parameters, device=bound.vector.device)
+        self._gradient = torch.empty_like(self._weights)
+
+    def train(
+        self, received: Tensor, mask: Tensor, samples: np.ndarray, learning_rate: float, penalty: float, round: int, client: int
+    ) -> LocalResult:
+        """E epochs of DPF from the received weights.
+
+        Args:
+            received: float32 [n], the pruned global model.
+            mask: bool [P].
+            samples: int64, the client's indices into the training images.
+            learning_rate, penalty: eta_t, lambda_t.
+            round, client: name the random streams.
+        """
+        bound, layout = self.bound, self.bound.layout
+        active = bound.vector
+        active.copy_(received)
+        self._weights.copy_(received[: layout.parameters])
+        bound.reset_counters()
+        bound.model.train()
+        torch.manual_seed(torch_seed(self.rule.seed, "dropout", round, client))
+        kept = mask.to(torch.float32)
+        loss_sum = torch.zeros((), device=active.device)
+        batches = self._batches(samples, round, client)
+        for images, labels in batches:
+            loss = self._gradient_step(images, labels)
+            loss_sum += loss
+            add_regularisation(
+                self._gradient, self._weights, active, layout, kept, self.rule, penalty, received[: layout.parameters]
+            )
+            self._weights.add_(self._gradient, alpha=-learning_rate)
+            torch.mul(self._weights[: layout.prunable], kept, out=active[: layout.prunable])
+            active[layout.prunable : layout.parameters] = self._weights[layout.prunable :]
+        update = active - received
+        update[: layout.parameters] = self._weights - received[: layout.parameters]
+        count = len(samples) * self.rule.epochs
+        return LocalResult(update, float(loss_sum) / len(batches), count)
+
+    def _gradient_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of the cross-entropy at the pruned weights into the flat buffer; returns the loss (no sync)."""
+        logits = self.bound.model(images)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
+        torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
+        return loss.detach()
+
+    def _batches(self, samples: np.ndarray, round: int, client: int) -> _Batches:
+        rule, device = self.rule, self.data.images.device
+        order_stream = stream(rule.seed, "batches", round, client)
+        order = np.concatenate([order_stream.permutation(samples) for _ in range(rule.epochs)])
+        crops = None
+        if rule.augment == "standard":
+            offsets, flips = augment.draw(stream(rule.seed, "augmentation", round, client), len(order))
+            crops = (torch.from_numpy(offsets).to(device), torch.from_numpy(flips).to(device))
+        bounds = [
+            (epoch * len(samples) + start, epoch * len(samples) + stop)
+            for epoch in range(rule.epochs)
+            for start, stop in batch_bounds(len(samples), rule.batch_size)
+        ]
+        return _Batches(self.data, torch.from_numpy(order).to(device), bounds, crops)
+
+
+class _Batches:
+    """The batches of one client's round as gathers on the device."""
+
+    def __init__(
+        self, data: DeviceData, order: Tensor, bounds: list[tuple[int, int]], crops: tuple[Tensor, Tensor] | None
+    ) -> None:
+        self._data, self._order, self._bounds, self._crops = data, order, bounds, crops
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        for start, stop in self._bounds:
+            chosen = self._order[start:stop]
+            images = self._data.images.index_select(0, chosen)
+            if self._crops is not None:
+                images = augment.standard(images, self._crops[0][start:stop], self._crops[1][start:stop])
+            yield self._data.normalised(images), self._data.labels.index_select(0, chosen)
+
+
+def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """Where the batches of one epoch begin and end.
+
+    A last batch of a single image joins the one before it: batch normalisation has no statistics of one image.
+    """
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def add_regularisation(
+    gradient: Tensor, weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule, penalty: float,
+    received: Tensor,
+) -> None:  # fmt: skip
+    """Turn the loss gradient into the step direction g + mu * w, in place.
+
+    Args:
+        gradient: float [parameters], gradient of the loss at the pruned weights, for all coordinates.
+        weights: float [parameters], the dense local weights w.
+        active: float [n], the pruned weights m*w (and the rest).
+        kept: mask as float [P].
+        penalty: lambda_t; its term is lambda_t * sum over prunable tensors of their norm at the pruned weights.
+        received: float [parameters].
+    """
+    prunable = layout.prunable
+    if penalty:
+        _add_penalty_gradient(gradient, active, layout, penalty, rule.penalty_norm)
+    if not rule.feedback:
+        gradient[:prunable].mul_(kept)
+    if rule.proximal:
+        gradient.add_(weights, alpha=rule.proximal).sub_(received, alpha=rule.proximal)
+    if rule.weight_decay:
+        gradient.add_(weights, alpha=rule.weight_decay)
+
+
+def _add_penalty_gradient(gradient: Tensor, active: Tensor, layout: Layout, penalty: float, norm: str) -> None:
+    prunable = layout.prunable
+    if norm == "l1":
+        gradient[:prunable].add_(active[:prunable].sign(), alpha=penalty)
+    elif norm == "l2_squared":
+        gradient[:prunable].add_(active[:prunable], alpha=2 * penalty)
+    else:
+        # lambda * w / ||w||, and 0 where the norm is 0: one tensor at a time, but no value returns to the host.
+        targets = layout.views(gradient[:prunable])
+        for target, values in zip(targets, layout.views(active[:prunable]), strict=True):
+            length = torch.linalg.vector_norm(values)
+            scale = torch.where(length > 0, penalty / length, torch.zeros_like(length))
+            target.addcmul_(values, scale)

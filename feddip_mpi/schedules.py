@@ -1,0 +1,136 @@
+"""Schedules: pure functions of the round. A checkpoint holds the round, never a schedule's state.
+
+Rounds are counted t = 0..T-1 while they run; "finished" counts those that are done, 0..T. The mask update of
+round t sees the sparsity of t + 1 finished rounds, so the update of the last round reaches the final sparsity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from feddip_mpi.config import Config, PenaltyConfig, SparsityConfig
+from feddip_mpi.streams import stream
+
+
+def last_mask_update(rounds: int, freeze_after: float) -> int:
+    """How many rounds are finished when the mask is cut for the last time: 1..rounds."""
+    return max(1, min(rounds, ceil(freeze_after * rounds - 1e-9)))
+
+
+def updates_mask(finished: int, every: int, last: int) -> bool:
+    """Whether the round that brings the count to `finished` renews the mask."""
+    return finished == last or (finished < last and finished % every == 0)
+
+
+def sparsity(schedule: SparsityConfig, finished: int, horizon: int) -> float:
+    """s after `finished` rounds, reaching s_p at `horizon` (cubic: Zhu & Gupta 2017, eq. 1)."""
+    start, final = schedule.initial, schedule.final
+    progress = min(1.0, finished / horizon)
+    if schedule.schedule == "constant" or progress >= 1:
+        return final
+    if schedule.schedule == "one_shot":
+        return start
+    power = 3 if schedule.schedule == "cubic" else 1
+    return final + (start - final) * (1 - progress) ** power
+
+
+def penalty(schedule: PenaltyConfig, t: int, rounds: int) -> float:
+    """lambda in round t of `rounds`: 0 <= lambda <= maximum (FedDIP, incremental regularisation).
+
+    steps: Q equal steps, 0 in the first and the maximum in the last segment, for any number of rounds.
+    published: the published code's 20 segments of floor(rounds / 20) rounds, 0 first, then from 5e-4 up.
+    """
+    maximum, steps = schedule.maximum, schedule.steps
+    if schedule.schedule == "off":
+        return 0.0
+    if schedule.schedule == "constant":
+        return maximum
+    if schedule.schedule == "linear":
+        return maximum * t / max(1, rounds - 1)
+    if schedule.schedule == "published":
+        segment = min(19, t // max(1, rounds // 20))
+        return 0.0 if segment == 0 else 5e-4 + (maximum - 5e-4) * (segment - 1) / 19
+    return maximum if steps == 1 else maximum * (steps * t // rounds) / (steps - 1)
+
+
+def learning_rate(config: Config, t: int) -> float:
+    """eta_t = eta_0 * gamma ** t."""
+    return config.learning_rate * config.learning_rate_decay**t
+
+
+def regrow(config: Config, finished: int) -> float:
+    """Coordinates to send from outside the mask, as a fraction of the kept ones, in the round that ends as `finished`.
+
+    After the last mask update nothing sent could enter the mask, so nothing is sent.
+    """
+    last = last_mask_update(config.rounds, config.mask.freeze_after)
+    if finished > last or config.server_memory == "published":
+        return 0.0
+    if config.upload.regrow_rounds == "mask_updates" and not updates_mask(finished, config.mask.every, last):
+        return 0.0
+    scale = 1.0 if config.upload.regrow_schedule == "constant" else 1 - finished / last
+    return config.upload.regrow * scale
+
+
+def participants(config: Config, t: int) -> tuple[int, ...]:
+    """K of the N clients, drawn without replacement, in ascending order."""
+    draw = stream(config.seed, "participants", t).choice(config.clients, config.participants, replace=False)
+    return tuple(sorted(int(client) for client in draw))
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What rank 0 decides about a round and tells every rank, in plain JSON types.
+
+    Attributes:
+        round: t, counted from 0.
+        learning_rate, penalty: eta_t and lambda_t.
+        sparsity: asked of the mask after this round.
+        update_mask: whether the mask is renewed at the end of the round.
+        regrow: coordinates sent from outside the mask, as a fraction of the kept weights.
+        dense_upload: every prunable coordinate travels.
+        participants: client ids in ascending order.
+        evaluate, checkpoint: whether the round ends with an evaluation, with a checkpoint.
+    """
+
+    round: int
+    learning_rate: float
+    penalty: float
+    sparsity: float
+    update_mask: bool
+    regrow: float
+    dense_upload: bool
+    participants: tuple[int, ...]
+    evaluate: bool
+    checkpoint: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RoundPlan:
+        return cls(**{**values, "participants": tuple(values["participants"])})
+
+
+def plan_round(config: Config, t: int, overdue: bool = False) -> RoundPlan:
+    """The plan of round t; `overdue`: a checkpoint is asked for by the clock."""
+    finished = t + 1
+    last_round = finished == config.rounds
+    prunes = config.method == "feddip"
+    last_update = last_mask_update(config.rounds, config.mask.freeze_after)
+    update_mask = prunes and updates_mask(finished, config.mask.every, last_update)
+    mode = config.upload.mode
+    return RoundPlan(
+        round=t,
+        learning_rate=learning_rate(config, t),
+        penalty=penalty(config.penalty, t, config.rounds) if prunes else 0.0,
+        sparsity=sparsity(config.sparsity, finished, last_update) if prunes else 0.0,
+        update_mask=update_mask,
+        regrow=regrow(config, finished) if prunes and mode == "masked" else 0.0,
+        dense_upload=mode == "dense" or (mode == "dense_at_mask_updates" and update_mask),
+        participants=participants(config, t),
+        evaluate=last_round or finished % config.eval.every == 0,
+        checkpoint=last_round or overdue or finished % config.checkpoint.every == 0,
+    )
