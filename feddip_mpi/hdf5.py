@@ -1,0 +1,222 @@
+"""The only module that opens HDF5. A file is complete or absent, and every array in it carries a checksum.
+
+Layout-free: it knows groups, datasets and attributes; what they mean is `checkpoint.py`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feddip_mpi.errors import DamagedFileError, InputError
+
+
+@dataclass(frozen=True)
+class Item:
+    """A dataset to write: its path in the file, its array, its attributes."""
+
+    name: str
+    array: np.ndarray
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(
+    path: Path,
+    items: Iterable[Item],
+    attributes: Mapping[str, Any],
+    group_attributes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Write a file atomically: a temporary one in the same folder, fsync, rename, fsync of the folder.
+
+    Args:
+        items: consumed one by one, so that a generator can stream arrays through little memory.
+        attributes: of the root. `digest` and `complete` are added, in this order, as the last thing written.
+
+    Returns:
+        The digest: SHA-256 over names, shapes, types, checksums and attributes.
+    """
+    import h5py
+
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with h5py.File(temporary, "w") as file:
+            for item in items:
+                dataset = file.create_dataset(item.name, data=item.array)
+                for key, value in item.attributes.items():
+                    dataset.attrs[key] = value
+                dataset.attrs["crc32"] = np.uint32(_crc(item.array))
+            for group, values in (group_attributes or {}).items():
+                for key, value in values.items():
+                    file.require_group(group).attrs[key] = value
+            for key, value in attributes.items():
+                file.attrs[key] = value
+            digest = _digest(file)
+            file.attrs["digest"] = digest
+            file.flush()
+            file.attrs["complete"] = True
+        replace_durably(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """fsync `temporary`, rename it to `path`, fsync the folder: after a power cut the old or the new file is there."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        replace_durably(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Reader:
+    """An open file whose arrays are checked as they are read. Made by `open_file`."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self.path = file, path
+
+    def attributes(self, group: str = "/") -> dict[str, Any]:
+        """Attributes of a group, as Python values."""
+        with _guard(self.path):
+            return {key: _plain(value) for key, value in self._file[group].attrs.items()}
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Paths of all datasets below `prefix`, sorted."""
+        with _guard(self.path):
+            return [name for name in sorted(_datasets(self._file)) if name.startswith(prefix)]
+
+    def array(self, name: str) -> np.ndarray:
+        """The dataset, after its checksum was compared."""
+        with _guard(self.path):
+            if name not in self._file:
+                raise DamagedFileError(f"{self.path}: no dataset {name!r}")
+            dataset = self._file[name]
+            array = dataset[()]
+            if _crc(array) != int(dataset.attrs["crc32"]):
+                raise DamagedFileError(f"{self.path}: dataset {name!r} does not match its checksum; the file is damaged")
+        return np.asarray(array)
+
+    def attribute(self, name: str, key: str) -> Any:
+        """One attribute of a dataset."""
+        with _guard(self.path):
+            return _plain(self._file[name].attrs[key])
+
+    def verify(self) -> int:
+        """Read everything and compare all checksums and the digest; returns the number of datasets."""
+        names = self.names()
+        for name in names:
+            self.array(name)
+        with _guard(self.path):
+            if _digest(self._file) != self.attributes().get("digest"):
+                raise DamagedFileError(f"{self.path}: names, types or attributes do not match the digest; damaged")
+        return len(names)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Reader]:
+    """Open a file that `write` finished.
+
+    Raises:
+        InputError: there is no such file.
+        DamagedFileError: it is no HDF5 file, cannot be read, or was never finished.
+    """
+    import h5py
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name a checkpoint such as runs/NAME/checkpoints/round-000100.h5")
+    with _guard(path):
+        file = h5py.File(path, "r")
+    try:
+        reader = Reader(file, path)
+        if not reader.attributes().get("complete", False):
+            raise DamagedFileError(f"{path}: written only in part (no mark of completion)")
+        yield reader
+    finally:
+        file.close()
+
+
+def read_arrays(path: Path | str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Named arrays of any HDF5 file (a user's own data): no checksums expected.
+
+    Raises:
+        InputError: the file or an array is missing; the message lists what there is.
+        DamagedFileError: the file cannot be read.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with _guard(path), h5py.File(path, "r") as file:
+        missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
+        if missing:
+            raise InputError(f"{path}: no dataset {missing[0]!r}; the file holds {', '.join(sorted(file)) or 'nothing'}")
+        return {name: np.asarray(file[name][()]) for name in names}
+
+
+@contextmanager
+def _guard(path: Path) -> Iterator[None]:
+    """h5py reports damage as many kinds of exception; all of them mean the same to the user."""
+    try:
+        yield
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise DamagedFileError(f"{path}: cannot be read as HDF5, it is truncated or damaged ({reason})") from None
+
+
+def _crc(array: np.ndarray) -> int:
+    contiguous = np.ascontiguousarray(array)
+    return zlib.crc32(contiguous.reshape(-1).view(np.uint8)) if contiguous.size else 0
+
+
+def _datasets(file: Any) -> dict[str, Any]:
+    import h5py
+
+    found: dict[str, Any] = {}
+    file.visititems(lambda name, node: found.__setitem__(name, node) if isinstance(node, h5py.Dataset) else None)
+    return found
+
+
+def _digest(file: Any) -> str:
+    """SHA-256 over what the checksums of the arrays do not cover, and over the checksums."""
+    lines: list[str] = []
+
+    def add(name: str, node: Any) -> None:
+        shape = f"{node.shape} {node.dtype.str}" if hasattr(node, "dtype") else "group"
+        attributes = {k: _plain(v) for k, v in sorted(node.attrs.items()) if (name, k) not in skipped}
+        lines.append(f"{name} {shape} {attributes!r}")
+
+    skipped = {("/", "digest"), ("/", "complete")}
+    add("/", file)
+    file.visititems(lambda name, node: add(name, node))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,144 @@
+"""The only module that reads the environment: launch, device, threads, signals, log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from feddip_mpi.config import Config
+from feddip_mpi.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("feddip_mpi")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a launch in which every process believes that it is alone.
+
+    `srun` without the right PMI starts P programs of one rank each; all exit 0 and each overwrites the other's
+    files (measured with Open MPI and MPICH, docs/clusters.md).
+    """
+    tasks = int(environment.get("SLURM_NTASKS") or environment.get("SLURM_NPROCS") or 1)
+    by_launcher = any(name in environment for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"))
+    in_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    if size == 1 and tasks > 1 and in_step and not by_launcher:
+        raise InputError(
+            f"srun started {tasks} tasks, but MPI sees 1 rank: the PMI of srun does not fit this MPI library; use "
+            "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH), or mpirun inside the allocation"
+        )
+
+
+def local_rank(rank: int, node_rank: int, environment: Mapping[str, str] = os.environ) -> int:
+    """This rank's place on its node, by the rule that held for every launcher tried (docs/clusters.md)."""
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
+        return int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+    if environment.get("SLURM_PROCID") == str(rank) and "SLURM_LOCALID" in environment:
+        return int(environment["SLURM_LOCALID"])
+    if "MPI_LOCALRANKID" in environment:
+        return int(environment["MPI_LOCALRANKID"])
+    return node_rank
+
+
+def prepare_torch(config: Config, local: int) -> torch.device:
+    """Set threads and determinism, and pick this rank's device (local rank modulo the number of GPUs).
+
+    Raises:
+        InputError: `device: cuda` where torch sees none.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; needed to repeat bits
+    import torch
+
+    torch.set_num_threads(config.threads)
+    visible = torch.cuda.device_count() if config.device != "cpu" else 0
+    if config.device == "cuda" and visible == 0:
+        raise InputError("device: cuda, but torch sees no GPU here; use device=auto or cpu, or ask for GPUs in the job")
+    if visible == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", local % visible)
+    torch.cuda.set_device(device)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+def peak_memory(device: torch.device | None = None) -> tuple[int, int]:
+    """(host, device) peak bytes of this process."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device is None or device.type != "cuda":
+        return host, 0
+    import torch
+
+    return host, int(torch.cuda.max_memory_allocated(device))
+
+
+class StopFlag:
+    """Set by TERM, USR1 or USR2; the handler does nothing else. Ranks agree on it at the end of a round."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""
+
+    def install(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.name = signal.Signals(number).name
+
+
+def start_log(folder: Path | None, rank: int) -> None:
+    """Messages of all ranks go to stderr, rank 0's also to `folder`/run.log (appended)."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    text = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setLevel(logging.WARNING)
+    stream.setFormatter(text)
+    log.addHandler(stream)
+    if folder is not None and rank == 0:
+        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file.setFormatter(text)
+        log.addHandler(file)
+
+
+def hardware() -> dict[str, str | int]:
+    """What a result has to name: host, processor, cores."""
+    model = ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        pass
+    return {"host": socket.gethostname(), "processor": model, "cores": len(os.sched_getaffinity(0))}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the results."""
+    import h5py
+    import numpy
+    import torch
+
+    from feddip_mpi import __version__
+
+    return {
+        "feddip_mpi": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "h5py": h5py.__version__,
+    }
