@@ -72,7 +72,7 @@ def not_found(location: Location) -> InputError:
 
 def download_root(config: DataConfig) -> Path:
     """The folder that downloads go to: `data.path`, else $FEDDIP_DATA, else `.data`."""
-    return _expand(config.path or os.environ.get(ENVIRONMENT_KEY) or _USUAL_PLACES[0])
+    return named_path(config) or _expand(_USUAL_PLACES[0])
 
 
 def named_path(config: DataConfig) -> Path | None:
