@@ -143,11 +143,11 @@ def decode(payload: np.ndarray, mask: Tensor, size: int, round: int, mask_digest
         update[:prunable] = in_values
     else:
         update[:prunable][mask] = in_values
-    indices = torch.from_numpy(raw_index.view(np.int32).astype(np.int64)).to(mask.device)
+    indices = torch.from_numpy(np.frombuffer(raw_index.tobytes(), np.int32).astype(np.int64)).to(mask.device)
     if head.off_count and not (0 <= int(indices.min()) and int(indices.max()) < prunable):
         raise PeerError(f"client {head.client}, round {round + 1}: an index lies outside the model")
     update[indices] = _unpack_values(raw_off, head.off_count, head.values).to(mask.device)
-    update[prunable:] = torch.from_numpy(raw_other.view(np.float32).copy()).to(mask.device)
+    update[prunable:] = _unpack_values(raw_other, head.other_count, "fp32").to(mask.device)
     kinds = Bytes(values=sections[0] + sections[2], indices=sections[1], other=sections[3], frame=_HEADER.size)
     return Decoded(head.client, update, kinds)
 
@@ -178,6 +178,8 @@ def _pack_values(values: Tensor, upload: Upload, generator: np.random.Generator)
 
 def _unpack_values(raw: np.ndarray, count: int, kind: str) -> Tensor:
     """float32 [count] on the CPU."""
+    if count == 0:
+        return torch.zeros(0)
     data = torch.from_numpy(raw.copy())
     if kind in ("fp32", "fp16", "bf16"):
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
@@ -218,7 +220,7 @@ def _padded(values: Tensor, block: int, fill: int = 0) -> Tensor:
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return tensor.detach().contiguous().cpu().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
 
 
 def _value_bytes(count: int, kind: str) -> int:

@@ -181,16 +181,14 @@ class Communicator:
 
     # Nodes
 
-    def shared_arrays(self, arrays: dict[str, np.ndarray] | None, leader_only: bool = True) -> dict[str, np.ndarray]:
+    def shared_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """One copy per node of arrays that the node's first rank brings; the others map the same memory.
 
         Args:
             arrays: on each node's first rank (see `node_rank`); ignored elsewhere.
         """
         node = self._node()
-        heads = self._node_broadcast(
-            node, {name: [list(a.shape), a.dtype.str] for name, a in (arrays or {}).items()} if node.rank == 0 else None
-        )
+        heads = self.node_broadcast({name: [list(a.shape), a.dtype.str] for name, a in (arrays or {}).items()})
         out = {}
         for name, (shape, dtype) in heads.items():
             itemsize = np.dtype(dtype).itemsize
@@ -216,9 +214,9 @@ class Communicator:
         """This rank's place among the ranks that share memory with it."""
         return int(self._node().Get_rank())
 
-    def _node_broadcast(self, node: Any, value: Any) -> Any:
-        sub = Communicator(node)
-        return sub.broadcast(value)
+    def node_broadcast(self, value: Any) -> Any:
+        """The JSON value of the node's first rank on every rank of the node."""
+        return Communicator(self._node()).broadcast(value)
 
     # Life
 

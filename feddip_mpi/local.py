@@ -111,6 +111,22 @@ class LocalTrainer:
         count = len(samples) * self.rule.epochs
         return LocalResult(update, float(loss_sum) / len(batches), count)
 
+    def mean_gradient(self, weights: Tensor, samples: np.ndarray) -> Tensor:
+        """Gradient [n] (zero for buffers) of the mean loss over the client's images at `weights` float32 [n]."""
+        bound, layout = self.bound, self.bound.layout
+        bound.vector.copy_(weights)
+        bound.reset_counters()
+        bound.model.train()
+        total = torch.zeros_like(weights)
+        order = torch.from_numpy(samples).to(weights.device)
+        for start, stop in batch_bounds(len(samples), self.rule.batch_size):
+            chosen = order[start:stop]
+            images = self.data.normalised(self.data.images.index_select(0, chosen))
+            self._gradient_step(images, self.data.labels.index_select(0, chosen))
+            total[: layout.parameters].add_(self._gradient, alpha=(stop - start) / len(samples))
+            bound.vector[layout.parameters :] = weights[layout.parameters :]
+        return total
+
     def _gradient_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the cross-entropy at the pruned weights into the flat buffer; returns the loss (no sync)."""
         logits = self.bound.model(images)

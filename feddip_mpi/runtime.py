@@ -40,6 +40,12 @@ def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None
         )
 
 
+def prepare_mpi() -> None:
+    """To be called before MPI starts: the Open MPI wheel prints an error for its UCX window component on every node
+    without such hardware; the windows used here are shared memory only, so that component is left out."""
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+
+
 def local_rank(rank: int, node_rank: int, environment: Mapping[str, str] = os.environ) -> int:
     """This rank's place on its node, by the rule that held for every launcher tried (docs/clusters.md)."""
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
@@ -129,16 +135,9 @@ def hardware() -> dict[str, str | int]:
 
 def versions() -> dict[str, str]:
     """Versions of what computes the results."""
-    import h5py
-    import numpy
-    import torch
+    from importlib.metadata import version
 
     from feddip_mpi import __version__
 
-    return {
-        "feddip_mpi": __version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "h5py": h5py.__version__,
-    }
+    libraries = {name: version(name) for name in ("torch", "numpy", "h5py", "mpi4py")}
+    return {"feddip_mpi": __version__, "python": sys.version.split()[0], **libraries}

@@ -13,6 +13,9 @@ from typing import Any
 from feddip_mpi.config import Config, PenaltyConfig, SparsityConfig
 from feddip_mpi.streams import stream
 
+# Methods with a mask, a sparsity schedule and a penalty; the others keep and send every weight.
+METHODS_THAT_PRUNE = ("feddip",)
+
 
 def last_mask_update(rounds: int, freeze_after: float) -> int:
     """How many rounds are finished when the mask is cut for the last time: 1..rounds."""
@@ -118,7 +121,7 @@ def plan_round(config: Config, t: int, overdue: bool = False) -> RoundPlan:
     """The plan of round t; `overdue`: a checkpoint is asked for by the clock."""
     finished = t + 1
     last_round = finished == config.rounds
-    prunes = config.method == "feddip"
+    prunes = config.method in METHODS_THAT_PRUNE
     last_update = last_mask_update(config.rounds, config.mask.freeze_after)
     update_mask = prunes and updates_mask(finished, config.mask.every, last_update)
     mode = config.upload.mode

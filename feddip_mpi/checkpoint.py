@@ -1,0 +1,285 @@
+"""The checkpoint: HDF5 format 1 (docs/checkpoint.md), what it holds, which ones are kept, which one is resumed.
+
+Every array needed to go on bit for bit is in it; schedules and random streams are functions of the round and are not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feddip_mpi import __version__, config, hdf5, masks, metrics
+from feddip_mpi.config import Config
+from feddip_mpi.errors import DamagedFileError, InputError
+from feddip_mpi.hdf5 import Item, Reader
+from feddip_mpi.residuals import Residual
+from feddip_mpi.server import Server
+from feddip_mpi.vector import Layout
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"round-(\d{6,})\.h5")
+# Below this share of non-zeros a residual is stored as indices and values.
+_SPARSE_BELOW = 0.5
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint says besides the residuals.
+
+    Attributes:
+        config: of the run.
+        layout: names and places of the tensors.
+        server: W, mask and finished rounds, on the CPU.
+        history: records of all finished rounds.
+        identity: what must be the same on resume and cannot be read off the config (data fingerprint).
+        histogram: int64 [clients, classes], the partition's training images.
+        input_shape, classes: what `evaluate` and `export` need to build the model again.
+        created: ISO 8601 time at which the run began.
+    """
+
+    config: Config
+    layout: Layout
+    server: Server
+    history: Sequence[metrics.Record]
+    identity: str
+    histogram: np.ndarray
+    input_shape: tuple[int, int, int]
+    classes: int
+    created: str
+
+
+def path_of(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:06d}.h5"
+
+
+def save(path: Path, snapshot: Snapshot, residuals: Iterable[tuple[int, Residual]]) -> str:
+    """Write a checkpoint, complete or not at all; returns its digest.
+
+    Args:
+        residuals: (client, residual) in client order, consumed one at a time.
+    """
+    server, layout = snapshot.server, snapshot.layout
+    last = snapshot.history[-1] if snapshot.history else {}
+    attributes = {
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "round": server.round,
+        "config": json.dumps(config.to_dict(snapshot.config)),
+        "seed": snapshot.config.seed,
+        "created": snapshot.created,
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "data_identity": snapshot.identity,
+        "sparsity": masks.sparsity(server.mask),
+        "test_accuracy": _or_nan(last.get("test_accuracy")),
+    }
+    groups = {
+        "model": {
+            "architecture": snapshot.config.model.name,
+            "prunable": json.dumps(list(layout.prunable_names)),
+            "parameters": json.dumps(list(layout.names[: layout.parameter_tensors])),
+            "buffers": json.dumps(list(layout.names[layout.parameter_tensors :])),
+            "input_shape": np.array(snapshot.input_shape),
+            "classes": snapshot.classes,
+        }
+    }
+    return hdf5.write(path, _items(snapshot, residuals), attributes, groups)
+
+
+def _items(snapshot: Snapshot, residuals: Iterable[tuple[int, Residual]]) -> Iterator[Item]:
+    server, layout = snapshot.server, snapshot.layout
+    for index, (name, view) in enumerate(zip(layout.names, layout.views(server.weights), strict=True)):
+        kind = "parameters" if index < layout.parameter_tensors else "buffers"
+        yield Item(f"model/{kind}/{name}", view.numpy())
+    parts = server.mask.split(list(layout.prunable_sizes))
+    for name, shape, part in zip(layout.prunable_names, layout.prunable_shapes, parts, strict=True):
+        yield Item(f"model/masks/{name}", masks.pack(part), {"shape": np.array(shape)})
+    yield Item("partition/histogram", snapshot.histogram)
+    for name, column in metrics.columns(snapshot.history).items():
+        yield Item(f"history/{name}", column, {"depends_on": metrics.FIELDS[name].depends_on})
+    for client, residual in residuals:
+        yield from _residual_items(client, residual)
+
+
+def _residual_items(client: int, residual: Residual) -> Iterator[Item]:
+    values = residual.values.numpy()
+    where = np.flatnonzero(values)
+    attributes = {"round": residual.round, "size": values.size}
+    if where.size < _SPARSE_BELOW * values.size:
+        yield Item(f"clients/{client}/residual/indices", where.astype(np.int64))
+        values = values[where]
+    yield Item(f"clients/{client}/residual/values", values, attributes)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint read back: the snapshot's parts that a resume needs."""
+
+    path: Path
+    config: Config
+    server: Server
+    layout_names: tuple[str, ...]
+    prunable_names: tuple[str, ...]
+    parameter_count: int
+    masks: dict[str, np.ndarray]
+    tensors: dict[str, np.ndarray]
+    history: list[metrics.Record]
+    identity: str
+    histogram: np.ndarray
+    input_shape: tuple[int, int, int]
+    classes: int
+    created: str
+    digest: str
+
+
+def load(path: Path, verify: bool = True) -> Loaded:
+    """Read everything but the residuals (see `read_residuals`).
+
+    Raises:
+        InputError: no such file, or written by a newer version.
+        DamagedFileError: damaged or unfinished; says where.
+    """
+    with hdf5.open_file(path) as reader:
+        attributes = check_format(reader)
+        if verify:
+            reader.verify()
+        try:
+            return _read(path, reader, attributes)
+        except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
+            raise DamagedFileError(f"{path}: not a checkpoint of this program ({error!r} is missing or wrong)") from None
+
+
+def check_format(reader: Reader) -> dict[str, Any]:
+    """Root attributes, after the format version was accepted."""
+    attributes = reader.attributes()
+    version = attributes.get("format_version")
+    if not isinstance(version, int):
+        raise DamagedFileError(f"{reader.path}: not a checkpoint of this program (no format_version)")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{reader.path}: checkpoint format {version} is newer than this program reads ({FORMAT_VERSION}); "
+            f"it was written by feddip_mpi {attributes.get('package_version')}: update the package"
+        )
+    return attributes
+
+
+def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
+    model = reader.attributes("model")
+    prunable = tuple(json.loads(model["prunable"]))
+    parameters, buffers = json.loads(model["parameters"]), json.loads(model["buffers"])
+    tensors = {name: reader.array(f"model/parameters/{name}") for name in parameters}
+    tensors |= {name: reader.array(f"model/buffers/{name}") for name in buffers}
+    packed = {name: reader.array(f"model/masks/{name}") for name in prunable}
+    names = (*parameters, *buffers)
+    flat = [torch.from_numpy(tensors[name].reshape(-1)) for name in names]
+    parts = [masks.unpack(packed[name], tensors[name].size) for name in prunable]
+    server = Server(
+        round=attributes["round"],
+        weights=torch.cat(flat),
+        mask=torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool),
+    )
+    table = {name: reader.array(f"history/{name}") for name in metrics.FIELDS}
+    return Loaded(
+        path=path,
+        config=config.validate(json.loads(attributes["config"]), f"{path}: stored configuration"),
+        server=server,
+        layout_names=names,
+        prunable_names=prunable,
+        parameter_count=len(parameters),
+        masks={n: p.numpy().reshape(tensors[n].shape) for n, p in zip(prunable, parts, strict=True)},
+        tensors=tensors,
+        history=metrics.records(table, prunable),
+        identity=attributes["data_identity"],
+        histogram=reader.array("partition/histogram"),
+        input_shape=tuple(model["input_shape"]),
+        classes=model["classes"],
+        created=attributes["created"],
+        digest=attributes["digest"],
+    )
+
+
+def read_residuals(path: Path) -> Iterator[tuple[int, Residual]]:
+    """(client, residual) of every client that has one, in client order, one at a time."""
+    with hdf5.open_file(path) as reader:
+        values = [name for name in reader.names("clients/") if name.endswith("/residual/values")]
+        for name in sorted(values, key=lambda n: int(n.split("/")[1])):
+            yield int(name.split("/")[1]), _read_residual(reader, name)
+
+
+def _read_residual(reader: Reader, name: str) -> Residual:
+    values = reader.array(name)
+    size, round = reader.attribute(name, "size"), reader.attribute(name, "round")
+    if values.size < size:
+        dense = np.zeros(size, np.float32)
+        dense[reader.array(name.replace("/values", "/indices"))] = values
+        values = dense
+    return Residual(torch.from_numpy(values), round)
+
+
+def verify(path: Path) -> tuple[int, dict[str, Any]]:
+    """Read every byte that has a checksum; returns (datasets, root attributes)."""
+    with hdf5.open_file(path) as reader:
+        attributes = check_format(reader)
+        return reader.verify(), attributes
+
+
+def listed(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, oldest first, by the round in their name (clocks can go backwards)."""
+    found = [(int(match[1]), path) for path in folder.glob("round-*.h5") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest(folder: Path) -> tuple[Loaded, list[str]]:
+    """The newest checkpoint that verifies, and why each newer one was refused.
+
+    Raises:
+        InputError: there is none at all, or the newest is of a newer format.
+        DamagedFileError: none verifies; lists the reasons.
+    """
+    refused: list[str] = []
+    paths = listed(folder)
+    if not paths:
+        raise InputError(f"{folder}: no checkpoint (round-NNNNNN.h5) to resume from; start the run with `train`")
+    for path in reversed(paths):
+        try:
+            return load(path), refused
+        except DamagedFileError as error:
+            refused.append(str(error))
+    raise DamagedFileError("no checkpoint of this run can be read:\n  " + "\n  ".join(refused))
+
+
+def prune_old(folder: Path, keep: int, keep_best: bool, final_sparsity: float) -> None:
+    """Delete all but the newest `keep` and, if asked, the most accurate one that has reached the final sparsity."""
+    paths = listed(folder)
+    spared = set(paths[-keep:])
+    if keep_best:
+        scored = [(accuracy, path) for path in paths if (accuracy := _final_accuracy(path, final_sparsity)) is not None]
+        if scored:
+            spared.add(max(scored)[1])
+    for path in paths:
+        if path not in spared:
+            path.unlink()
+    for leftover in folder.glob(".round-*.h5.tmp-*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _final_accuracy(path: Path, final_sparsity: float) -> float | None:
+    """Test accuracy of a checkpoint whose model is as sparse as the final one; None if it is not, or is damaged."""
+    try:
+        with hdf5.open_file(path) as reader:
+            attributes = reader.attributes()
+            accuracy, reached = attributes["test_accuracy"], attributes["sparsity"]
+    except (DamagedFileError, KeyError):
+        return None
+    return float(accuracy) if reached >= final_sparsity - 1e-4 and accuracy == accuracy else None
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,124 @@
+"""Everything a rank needs before its first round: data, partition, model, buffers."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from feddip_mpi import data, methods, models
+from feddip_mpi.collectives import Communicator
+from feddip_mpi.config import Config
+from feddip_mpi.data import partition as partitions
+from feddip_mpi.errors import FeddipError
+from feddip_mpi.local import DeviceData, LocalTrainer
+from feddip_mpi.streams import torch_seed
+from feddip_mpi.vector import BoundModel, Layout, flatten
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Attributes:
+    config, comm, device: as given.
+    dataset: the images, one copy per node.
+    identity: fingerprint of images and labels; a resume on other data is refused.
+    partition: which images belong to which client.
+    train_data, test_data: the splits on this rank's device.
+    layout, bound, trainer: the model and its flat vector, and what trains it.
+    initial: float32 [n] on the device, the initial weights.
+    """
+
+    config: Config
+    comm: Communicator
+    device: torch.device
+    dataset: data.Dataset
+    identity: str
+    partition: partitions.Partition
+    train_data: DeviceData
+    test_data: DeviceData
+    layout: Layout
+    bound: BoundModel
+    trainer: LocalTrainer
+    initial: torch.Tensor
+
+    @property
+    def samples(self) -> list[int]:
+        """Training images of every client."""
+        return [len(part) for part in self.partition.train]
+
+
+def build(config: Config, comm: Communicator, device: torch.device) -> Federation:
+    """Load, split and place the data, make the model. Raises the same error on all ranks if any rank fails."""
+    dataset = load_dataset(config, comm)
+    error: FeddipError | None = None
+    try:
+        parts = partitions.make(
+            config.data, config.clients, dataset.train_labels, dataset.test_labels, dataset.classes, config.seed
+        )
+        model, layout = build_model(config, dataset.train_images.shape[1:], dataset.classes)
+    except FeddipError as caught:
+        error = caught
+    comm.check(error)
+    initial = flatten(model, layout).to(device)
+    bound = BoundModel(model, layout, device)
+    train_data, test_data = place(dataset, device)
+    return Federation(
+        config=config,
+        comm=comm,
+        device=device,
+        dataset=dataset,
+        identity=identity_of(dataset),
+        partition=parts,
+        train_data=train_data,
+        test_data=test_data,
+        layout=layout,
+        bound=bound,
+        trainer=LocalTrainer(bound, train_data, methods.local_rule(config)),
+        initial=initial,
+    )
+
+
+def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.nn.Module, Layout]:
+    """The model with its initial weights, which depend on the seed only, and its layout."""
+    channels, height, width = (int(x) for x in input_shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.seed, "initial weights"))
+        model = models.create(config.model.name, channels, (height, width), classes)
+    return model, Layout.of(model, models.prunable_names(model, config.model.keep_dense))
+
+
+def load_dataset(config: Config, comm: Communicator) -> data.Dataset:
+    """One copy per node: its first rank reads, the others map the same memory."""
+    loaded, error = None, None
+    if comm.node_rank == 0:
+        try:
+            loaded = data.load(config.data, config.seed)
+        except FeddipError as caught:
+            error = caught
+    comm.check(error)
+    metadata = comm.node_broadcast(loaded.metadata() if loaded else None)
+    arrays = comm.shared_arrays(loaded.arrays() if loaded else None)
+    return data.from_arrays(arrays, metadata)
+
+
+def place(dataset: data.Dataset, device: torch.device) -> tuple[DeviceData, DeviceData]:
+    """Both splits as uint8 on the device; on the CPU this maps the node's copy."""
+    shape = (1, -1, 1, 1)
+    mean = (torch.tensor(dataset.mean, dtype=torch.float32) * 255).view(shape).to(device)
+    std = (torch.tensor(dataset.std, dtype=torch.float32) * 255).view(shape).to(device)
+
+    def split(images: np.ndarray, labels: np.ndarray) -> DeviceData:
+        return DeviceData(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), mean, std)
+
+    return split(dataset.train_images, dataset.train_labels), split(dataset.test_images, dataset.test_labels)
+
+
+def identity_of(dataset: data.Dataset) -> str:
+    """Name, shapes and CRC-32 of the data, e.g. "fashion-mnist 60000x1x28x28 3f1c..."."""
+    crc = 0
+    for array in dataset.arrays().values():
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
+    return f"{dataset.name} {'x'.join(map(str, dataset.train_images.shape))} {crc:08x}"

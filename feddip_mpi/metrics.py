@@ -1,0 +1,168 @@
+"""The record of a round: every name, its unit and its meaning declared once; the run folder's metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feddip_mpi import hdf5
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One name of a record.
+
+    Attributes:
+        kind: "int", "float", "ints" or "floats" (lists of fixed length), "layers" (a number per prunable tensor).
+        depends_on: "config" (repeats bit for bit), "ranks" (also on the number of ranks) or "clock" (measured).
+        meaning: for the reference.
+    """
+
+    kind: str
+    depends_on: str
+    meaning: str
+
+
+FIELDS: dict[str, Field] = {
+    "round": Field("int", "config", "finished rounds, from 1"),
+    "participants": Field("ints", "config", "clients that took part"),
+    "learning_rate": Field("float", "config", "eta_t"),
+    "penalty": Field("float", "config", "lambda_t"),
+    "sparsity_asked": Field("float", "config", "s_t of the schedule after this round, share of zeros"),
+    "sparsity": Field("float", "config", "share of zeros among the prunable weights of the model that travels"),
+    "sparsity_by_layer": Field("layers", "config", "the same for each prunable tensor"),
+    "mask_updated": Field("int", "config", "1 if the mask was renewed"),
+    "mask_grown": Field("int", "config", "weights that entered the mask"),
+    "mask_pruned": Field("int", "config", "weights that left the mask"),
+    "train_loss": Field("float", "config", "cross-entropy of the participants' batches, weighted by images"),
+    "test_loss": Field("float", "config", "cross-entropy of the pruned model on the test images; null if not evaluated"),
+    "test_accuracy": Field("float", "config", "top-1 accuracy of the pruned model, 0 to 1"),
+    "test_accuracy_top5": Field("float", "config", "top-5 accuracy of the pruned model, 0 to 1"),
+    "client_accuracy": Field("floats", "config", "top-1 accuracy on each client's own test part (eval.clients)"),
+    "update_norm": Field("float", "config", "||sum_k p_k q_k||"),
+    "pruning_error": Field("float", "config", "||v - m*v||^2 / ||v||^2 over the prunable weights"),
+    "residual_norm": Field("float", "config", "root of the participants' summed squared residuals"),
+    "samples": Field("int", "config", "images trained on, epochs counted"),
+    "upload_bytes": Field("int", "config", "payloads of all participants"),
+    "upload_values_bytes": Field("int", "config", "of these: values of prunable weights"),
+    "upload_indices_bytes": Field("int", "config", "of these: indices of off-mask weights"),
+    "upload_other_bytes": Field("int", "config", "of these: tensors that are not prunable"),
+    "upload_frame_bytes": Field("int", "config", "of these: frames"),
+    "dense_bytes": Field("int", "config", "the same uploads as dense float32"),
+    "ranks": Field("int", "ranks", "MPI ranks"),
+    "wire_bytes": Field("int", "ranks", "update bytes handed to MPI for sending, all ranks: payloads and their lengths"),
+    "received_bytes": Field("int", "ranks", "update bytes received from other ranks, all ranks"),
+    "residual_bytes": Field("int", "ranks", "residuals that moved with their client to another rank"),
+    "control_bytes": Field("int", "ranks", "plan, status, scores and measurements handed to MPI, all ranks"),
+    "train_seconds": Field("float", "clock", "local training, slowest rank"),
+    "encode_seconds": Field("float", "clock", "encoding, slowest rank"),
+    "wait_seconds": Field("float", "clock", "waiting for the slowest rank before the exchange, largest"),
+    "exchange_seconds": Field("float", "clock", "the exchange, slowest rank"),
+    "decode_seconds": Field("float", "clock", "decoding and summing, slowest rank"),
+    "server_seconds": Field("float", "clock", "server step, slowest rank"),
+    "evaluate_seconds": Field("float", "clock", "evaluation, slowest rank"),
+    "checkpoint_seconds": Field("float", "clock", "saving the checkpoint after this round"),
+    "round_seconds": Field("float", "clock", "the whole round on rank 0, checkpoint included"),
+    "samples_per_second": Field("float", "clock", "images trained on per second of the round"),
+    "host_memory_bytes": Field("int", "clock", "peak host memory of all ranks together"),
+    "device_memory_bytes": Field("int", "clock", "peak device memory of all ranks together"),
+}
+
+
+def columns(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Records as arrays with one row per round: int64 or float64, NaN where nothing was measured."""
+    out = {}
+    for name, field in FIELDS.items():
+        values = [_numbers(record.get(name)) for record in records]
+        width = max((len(v) for v in values if isinstance(v, list)), default=0)
+        if field.kind in ("ints", "floats", "layers"):
+            rows: Any = [v if isinstance(v, list) else [math.nan] * width for v in values]
+            shape = (len(records), width)
+        else:
+            rows, shape = [math.nan if v is None else v for v in values], (len(records),)
+        # Whole numbers stay whole; a column with gaps needs NaN.
+        whole = field.kind in ("int", "ints") and all(v is not None for v in values)
+        out[name] = np.array(rows, dtype=np.int64 if whole else np.float64).reshape(shape)
+    return out
+
+
+def records(table: Mapping[str, np.ndarray], layers: Sequence[str]) -> list[Record]:
+    """The inverse of `columns`; `layers` names the prunable tensors."""
+    names = [name for name in FIELDS if name in table]
+    count = len(table["round"]) if "round" in table else 0
+    return [{name: _value(FIELDS[name].kind, table[name][row], layers) for name in names} for row in range(count)]
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [math.nan if v is None else v for v in value]
+    return value
+
+
+def _value(kind: str, cell: Any, layers: Sequence[str]) -> Any:
+    if kind in ("ints", "floats", "layers"):
+        items = [_scalar("int" if kind == "ints" else "float", x) for x in cell]
+        if kind == "layers":
+            return dict(zip(layers, items, strict=True))
+        return items if any(x is not None for x in items) else None
+    return _scalar(kind, cell)
+
+
+def _scalar(kind: str, cell: Any) -> Any:
+    if math.isnan(cell):
+        return None
+    return int(cell) if kind == "int" else float(cell)
+
+
+def to_line(record: Record) -> str:
+    """One JSON line; NaN and infinity become null, as JSON has neither."""
+    return json.dumps({name: _clean(value) for name, value in record.items()}, allow_nan=False)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """metrics.jsonl of a run folder; one line a round, flushed as it is written."""
+
+    def __init__(self, path: Path, history: Sequence[Record]) -> None:
+        """Begin with the lines of `history`: rounds after the resumed checkpoint are run, and written, again."""
+        hdf5.write_text(path, "".join(to_line(record) + "\n" for record in history))
+        self._file = open(path, "a", encoding="utf-8")
+
+    def append(self, record: Record) -> None:
+        self._file.write(to_line(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    out = []
+    for number, line in enumerate(lines):
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise
+    return out

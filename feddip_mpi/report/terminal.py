@@ -1,0 +1,163 @@
+"""What rank 0 shows: rich progress on a terminal, plain lines in a batch log, the summary at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from feddip_mpi.federation import Federation
+    from feddip_mpi.metrics import Record
+
+
+class Progress(Protocol):
+    """Shows one record a round."""
+
+    def show(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def say(text: str) -> None:
+    """A line on stdout, seen at once also through a pipe."""
+    print(text, flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = int(round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def line(record: Record, rounds: int) -> str:
+    """One round in one line."""
+    accuracy = record["test_accuracy"]
+    return "  ".join(
+        [
+            f"round {record['round']:>{len(str(rounds))}}/{rounds}",
+            f"accuracy {accuracy:.4f}" if accuracy is not None else "accuracy   -   ",
+            f"loss {record['train_loss']:.3f}",
+            f"sparsity {record['sparsity']:.4f}",
+            f"sent {size(record['upload_bytes'])} (dense {size(record['dense_bytes'])})",
+            f"{record['round_seconds']:.2f} s",
+        ]
+    )
+
+
+def progress(built: Federation, folder: Path) -> Progress:
+    """Rich on a terminal, else plain lines."""
+    wanted = "rich" if is_terminal() else "plain"
+    config = built.config
+    say(
+        f"{config.method}: {config.model.name} ({built.layout.size:,} values, {built.layout.prunable:,} prunable) on "
+        f"{built.dataset.name}, {config.clients} clients, {config.participants} a round, on {built.comm.size} rank(s), "
+        f"{built.device.type}\nrun folder: {folder}"
+    )
+    return RichProgress(config.rounds) if wanted == "rich" else PlainProgress(config.rounds)
+
+
+def is_terminal() -> bool:
+    """Whether a person looks at stdout. FEDDIP_PROGRESS=rich or plain decides; without it, a terminal does.
+
+    Open MPI's mpirun gives rank 0 a pseudo-terminal even when its own output goes to a file, so isatty() says
+    nothing there; jobs/quickstart.sh looks at its own stdout and sets the variable.
+    """
+    told = os.environ.get("FEDDIP_PROGRESS")
+    if told in ("rich", "plain"):
+        return told == "rich"
+    return sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ
+
+
+class PlainProgress:
+    """One line a round, with the time that is left."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds, self._eta = rounds, Eta(rounds)
+
+    def show(self, record: Record) -> None:
+        say(f"{line(record, self._rounds)}  left {clock(self._eta.left(record['round']))}")
+
+    def close(self) -> None:
+        pass
+
+
+class RichProgress:
+    """A bar with the newest numbers beside it."""
+
+    def __init__(self, rounds: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+        )
+        self._rounds = rounds
+        self._task = self._bar.add_task("rounds", total=rounds, numbers="")
+        self._bar.start()
+
+    def show(self, record: Record) -> None:
+        self._bar.update(self._task, completed=record["round"], numbers=line(record, self._rounds).split("  ", 1)[1])
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class Eta:
+    """Seconds left, from the mean of the rounds seen."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds, self._started, self._first = rounds, time.monotonic(), None
+
+    def left(self, finished: int) -> float:
+        if self._first is None:
+            self._first = finished - 1
+        return (time.monotonic() - self._started) / (finished - self._first) * (self._rounds - finished)
+
+
+def show_summary(summary: dict[str, Any], folder: Path, plot: Path | None) -> None:
+    """The run in two tables: its numbers, and the sparsity of each layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    numbers = Table(title="Result", show_header=False)
+    for name, value in _rows(summary, folder, plot):
+        numbers.add_row(name, value)
+    layers = Table("layer", "sparsity", title="Sparsity by layer")
+    for name, value in summary["sparsity_by_layer"].items():
+        layers.add_row(name, f"{value:.4f}")
+    console = Console() if is_terminal() else Console(force_terminal=False, width=110)
+    console.print(numbers)
+    console.print(layers)
+    sys.stdout.flush()
+
+
+def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tuple[str, str]]:
+    ratio = summary["dense_bytes"] / max(1, summary["upload_bytes"])
+    return [
+        ("accuracy of the pruned model", f"{summary['test_accuracy']:.4f}"),
+        ("  mean (spread) of the last 5 evaluations",
+         f"{summary['test_accuracy_mean_of_last_5']:.4f} ({summary['test_accuracy_spread_of_last_5']:.4f})"),
+        ("accuracy of the dense memory, not pruned", f"{summary['dense_memory_accuracy']:.4f}"),
+        ("sparsity of the prunable weights", f"{summary['sparsity']:.4f}"),
+        ("bytes uploaded", f"{size(summary['upload_bytes'])}, {ratio:.1f} times fewer than dense float32 "
+                           f"({size(summary['dense_bytes'])})"),
+        ("time", f"{clock(summary['seconds'])} for {summary['rounds']} rounds on {summary['ranks']} rank(s)"),
+        ("run folder", str(folder)),
+        ("numbers by round", str(folder / "metrics.jsonl")),
+        ("plot", str(plot) if plot else "none (matplotlib is not installed)"),
+    ]  # fmt: skip

@@ -1,0 +1,352 @@
+"""A run from its command to its folder: start or resume, save, finish. Every rank walks through the same steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from feddip_mpi import checkpoint, config, federation, hdf5, metrics, rounds, runtime, server
+from feddip_mpi.checkpoint import Loaded, Snapshot
+from feddip_mpi.collectives import Communicator
+from feddip_mpi.config import Config
+from feddip_mpi.errors import FeddipError, InputError, Stopped
+from feddip_mpi.federation import Federation
+from feddip_mpi.metrics import Record
+from feddip_mpi.report import terminal
+from feddip_mpi.residuals import Residual
+from feddip_mpi.rounds import State
+from feddip_mpi.runtime import log
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def finished(self) -> Path:
+        """Exists exactly when the run is complete: an exit code of mpirun proves nothing (docs/clusters.md)."""
+        return self.path / "finished.json"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "run.png"
+
+    def create(self, settings: Config) -> None:
+        """Make a new folder. Raises InputError if it exists with anything in it, or cannot be made."""
+        self.require_free()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            hdf5.write_text(self.config, config.to_yaml(settings))
+        except OSError as error:
+            raise InputError(f"--out {self.path}: cannot be created ({error}); name a folder you may write to") from None
+
+    def require_free(self) -> None:
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(
+                f"--out {self.path}: holds files already and is never overwritten; `feddip-mpi resume {self.path}` goes "
+                "on with it, another --out starts anew"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path}: exists and is no folder; name another one")
+
+
+def on_root(comm: Communicator, work: Callable[[], T]) -> T:
+    """Do something on rank 0 and hand its JSON result to all ranks; an error there is raised on all ranks."""
+    value, error = None, None
+    if comm.rank == 0:
+        try:
+            value = work()
+        except FeddipError as caught:
+            error = caught
+    comm.check(error)
+    result: T = comm.broadcast(value)
+    return result
+
+
+def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None) -> None:
+    """Start a new run. Raises Stopped when a signal ended it after saving."""
+    runtime.check_launch(comm.size)
+
+    def read() -> list[Any]:
+        settings = config.load(config_path, overrides)
+        folder = RunFolder(Path(out) if out else _default_folder(config_path))
+        folder.require_free()
+        return [config.to_dict(settings), str(folder.path)]
+
+    values, path = on_root(comm, read)
+    settings, folder = config.validate(values), RunFolder(Path(path))
+    built = _build(comm, settings)
+    on_root(comm, lambda: folder.create(settings))
+    _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
+    state = rounds.initial_state(built)
+    created = on_root(comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    _play(built, folder, state, [], created)
+
+
+def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
+    """Go on with a run from its newest checkpoint that verifies, on any number of ranks."""
+    runtime.check_launch(comm.size)
+    folder = RunFolder(Path(path))
+    loaded: list[Loaded] = []
+
+    def read() -> list[Any]:
+        if not folder.path.is_dir():
+            raise InputError(f"{folder.path}: no such run folder; `train` prints the name of the one it makes")
+        found, refused = checkpoint.newest(folder.checkpoints)
+        settings = config.override(found.config, overrides, config.RESUMABLE_KEYS)
+        if settings.rounds < found.server.round:
+            raise InputError(
+                f"--set rounds={settings.rounds}: the run has finished {found.server.round} rounds; rounds must be at "
+                "least that"
+            )
+        loaded.append(found)
+        return [config.to_dict(settings), refused, found.server.round]
+
+    values, refused, done = on_root(comm, read)
+    settings = config.validate(values)
+    if comm.rank == 0:
+        _open_log(comm, folder, f"resume after round {done} from {loaded[0].path.name}: {comm.size} ranks")
+        for reason in refused:
+            log.warning("refused a checkpoint: %s", reason)
+    if done >= settings.rounds and folder.finished.exists():
+        if comm.rank == 0:
+            terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
+        return
+    built = _build(comm, settings)
+    state, history, created = _restore(built, loaded[0] if loaded else None)
+    on_root(comm, lambda: _reopen(folder, settings))
+    _play(built, folder, state, history, created)
+
+
+def _reopen(folder: RunFolder, settings: Config) -> None:
+    folder.finished.unlink(missing_ok=True)
+    hdf5.write_text(folder.config, config.to_yaml(settings))
+
+
+def _default_folder(config_path: str) -> Path:
+    return Path("runs") / f"{Path(config_path).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
+    runtime.start_log(folder.path, comm.rank)
+    if comm.rank == 0:
+        log.info("%s; %s; %s", message, runtime.versions(), runtime.hardware())
+
+
+def _build(comm: Communicator, settings: Config) -> Federation:
+    error, device = None, torch.device("cpu")
+    try:
+        device = runtime.prepare_torch(settings, runtime.local_rank(comm.rank, comm.node_rank))
+    except FeddipError as caught:
+        error = caught
+    comm.check(error)
+    return federation.build(settings, comm, device)
+
+
+def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Record], str]:
+    """The checkpoint's state on every rank; rank 0 has read it."""
+    comm, layout, device = built.comm, built.layout, built.device
+
+    def check() -> list[Any]:
+        assert loaded is not None
+        _check_same(built, loaded)
+        clients = [client for client, _ in checkpoint.read_residuals(loaded.path)]
+        return [loaded.server.round, clients, loaded.created]
+
+    done, clients, created = on_root(comm, check)
+    weights = comm.broadcast_array(loaded.server.weights.numpy() if loaded else None)
+    mask = comm.broadcast_array(loaded.server.mask.numpy() if loaded else None)
+    srv = server.Server(done, torch.from_numpy(weights).to(device), torch.from_numpy(mask).to(device))
+    holders = rounds.initial_holders(built.config.clients, comm.size)
+    held = _hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None)
+    assert srv.weights.numel() == layout.size
+    return State(srv, held, holders), list(loaded.history) if loaded else [], created
+
+
+def _hand_out(
+    comm: Communicator, clients: Sequence[int], holders: Sequence[int], stored: Iterator[tuple[int, Residual]] | None
+) -> dict[int, Residual]:
+    """Stored residuals to their holders, one at a time: rank 0 never has two of them in memory for others."""
+    held = {}
+    for client in clients:
+        residual = next(stored)[1] if stored else None
+        message = np.zeros(0, np.uint8) if residual is None else rounds.pack_residual(residual)
+        arrived = comm.move([(client, 0, holders[client])], lambda _, message=message: message)  # type: ignore[misc]
+        mine = residual if holders[client] == comm.rank == 0 else None
+        if client in arrived:
+            mine = rounds.unpack_residual(arrived[client])
+        if mine is not None:
+            held[client] = mine
+    return held
+
+
+def _check_same(built: Federation, loaded: Loaded) -> None:
+    """Raises InputError where the data or the model are not those of the checkpoint."""
+    if loaded.identity != built.identity:
+        raise InputError(
+            f"{loaded.path}: trained on {loaded.identity!r}, but the data found here is {built.identity!r} "
+            f"({built.dataset.source}); set data.path to the data of the run"
+        )
+    shapes = {name: loaded.tensors[name].shape for name in loaded.layout_names}
+    ours = dict(zip(built.layout.names, built.layout.shapes, strict=True))
+    if list(shapes) != list(ours) or any(tuple(shapes[n]) != ours[n] for n in ours):
+        differing = next((n for n in {**shapes, **ours} if tuple(shapes.get(n, ())) != ours.get(n, ())), "their order")
+        raise InputError(f"{loaded.path}: the model {built.config.model.name!r} has changed since ({differing})")
+
+
+def _play(built: Federation, folder: RunFolder, state: State, history: list[Record], created: str) -> None:
+    comm = built.comm
+    stop = runtime.StopFlag()
+    stop.install()
+    saver = FolderSaver(built, folder, created)
+    sink = metrics.MetricsFile(folder.metrics, history) if comm.rank == 0 else None
+    progress = terminal.progress(built, folder.path) if comm.rank == 0 else None
+
+    def report(record: Record) -> None:
+        if sink is not None and progress is not None:
+            sink.append(record)
+            progress.show(record)
+            log.info("%s", terminal.line(record, built.config.rounds))
+
+    try:
+        stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested)
+    finally:
+        if progress is not None:
+            progress.close()
+        if sink is not None:
+            sink.close()
+    if stopped:
+        raise Stopped(
+            f"stopped by a signal after round {state.server.round}; `feddip-mpi resume {folder.path}` goes on from there"
+        )
+    _finish(built, folder, state, history)
+
+
+def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
+    dense = rounds.score_model(built, state.server.weights)
+    if built.comm.rank != 0:
+        return
+    summary = summarise(built, history, dense.top1)
+    plot = _draw(built, folder, history)
+    terminal.show_summary(summary, folder.path, plot)
+    hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
+    log.info("finished after round %d", state.server.round)
+
+
+def summarise(built: Federation, history: Sequence[Record], dense_accuracy: float) -> dict[str, Any]:
+    """The run in a few numbers. The last rounds' mean goes beside the last value: one round's accuracy is noisy."""
+    last = history[-1]
+    scored = [r["test_accuracy"] for r in history if r["test_accuracy"] is not None][-5:]
+    uploaded, dense = (sum(r[name] for r in history) for name in ("upload_bytes", "dense_bytes"))
+    return {
+        "rounds": last["round"],
+        "ranks": built.comm.size,
+        "test_accuracy": last["test_accuracy"],
+        "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
+        "test_accuracy_spread_of_last_5": max(scored) - min(scored),
+        "dense_memory_accuracy": dense_accuracy,
+        "sparsity": last["sparsity"],
+        "sparsity_by_layer": last["sparsity_by_layer"],
+        "upload_bytes": uploaded,
+        "dense_bytes": dense,
+        "wire_bytes": sum(r["wire_bytes"] for r in history),
+        "seconds": sum(r["round_seconds"] for r in history),
+        "peak_host_memory_bytes": max(r["host_memory_bytes"] for r in history),
+        "versions": runtime.versions(),
+        "mpi": built.comm.library(),
+        "hardware": runtime.hardware(),
+        "seed": built.config.seed,
+    }
+
+
+def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Path | None:
+    from feddip_mpi.report import plots
+
+    c = built.config
+    title = f"{c.method}: {c.model.name} on {built.dataset.name}, {c.clients} clients, seed {c.seed}"
+    try:
+        plots.run_figure(list(history), title, folder.plot)
+    except InputError as error:  # matplotlib is an extra: the run is complete without a picture
+        log.warning("no plot: %s", error)
+        return None
+    return folder.plot
+
+
+class FolderSaver:
+    """Writes a run's checkpoints: rank 0 owns the file, the others stream it the residuals they hold."""
+
+    def __init__(self, built: Federation, folder: RunFolder, created: str) -> None:
+        self._built, self._folder, self._created = built, folder, created
+        self._histogram = built.partition.histogram(built.dataset.train_labels, built.dataset.classes)
+        self._last_save = time.monotonic()
+
+    def overdue(self) -> bool:
+        minutes = self._built.config.checkpoint.minutes
+        return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+
+    def save(self, state: State, history: Sequence[Record]) -> None:
+        """Raises FeddipError on all ranks if the file cannot be written; older checkpoints stay as they are."""
+        comm = self._built.comm
+        residuals = self._stream(state)
+        error: FeddipError | None = None
+        if comm.rank == 0:
+            path = checkpoint.path_of(self._folder.checkpoints, state.server.round)
+            try:
+                checkpoint.save(path, self._snapshot(state, history), residuals)
+                settings = self._built.config.checkpoint
+                final = self._built.config.sparsity.final
+                checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, final)
+            except (OSError, RuntimeError) as caught:
+                reason = " ".join(str(caught).split())
+                error = FeddipError(f"{path}: cannot be saved ({reason}); earlier checkpoints are untouched: free space, resume")
+        for _ in residuals:  # the other ranks send until the last client, also when rank 0 has failed
+            pass
+        comm.check(error)
+        self._last_save = time.monotonic()
+
+    def _stream(self, state: State) -> Iterator[tuple[int, Residual]]:
+        comm = self._built.comm
+        for client, holder in enumerate(state.holders):
+            arrived = comm.move([(client, holder, 0)], lambda c: rounds.pack_residual(state.held.get(c)))
+            residual = rounds.unpack_residual(arrived[client]) if client in arrived else None
+            if holder == comm.rank == 0:
+                residual = state.held.get(client)
+            if residual is not None and comm.rank == 0:
+                yield client, residual
+
+    def _snapshot(self, state: State, history: Sequence[Record]) -> Snapshot:
+        built, srv = self._built, state.server
+        return Snapshot(
+            config=built.config,
+            layout=built.layout,
+            server=server.Server(srv.round, srv.weights.cpu(), srv.mask.cpu()),
+            history=history,
+            identity=built.identity,
+            histogram=self._histogram,
+            input_shape=built.dataset.shape,
+            classes=built.dataset.classes,
+            created=self._created,
+        )
