@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Makes the environment (see jobs/setup-env.sh), adds a second MPI to test against, and runs the test suite.
+#
+#   bash jobs/test.sh                            everything
+#   bash jobs/test.sh tests/unit -k mask         further arguments go to pytest
+
+set -euo pipefail
+# shellcheck source=jobs/setup-env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup-env.sh"
+
+# One environment holds one MPI, so MPICH gets a folder of its own. Tests reach it through $FEDDIP_MPICH: its
+# bin/mpiexec.hydra starts ranks that have MPI4PY_LIBMPI=$FEDDIP_MPICH/lib/libmpi.so.12.
+set_up_mpich() {
+    local wanted prefix=$PWD/.mpi/mpich
+    wanted=$(grep '^mpich==' "$CONSTRAINTS")
+    if [[ ! -e $prefix/.feddip-stamp || $(<"$prefix/.feddip-stamp") != "$wanted" ]]; then
+        say "installing MPICH for the tests"
+        rm -rf "$prefix"
+        # --ignore-installed: a copy elsewhere on this machine must not make pip skip it.
+        pip_install --no-deps --ignore-installed --prefix "$prefix" "$wanted" || return 0
+        printf '%s\n' "$wanted" >"$prefix/.feddip-stamp"
+    fi
+    export FEDDIP_MPICH=$prefix
+}
+
+# The tests want the files themselves, not a training command that fetches them.
+if ((${#DATA_OPTIONS[@]})); then
+    python -c 'from feddip_mpi import config, data; data.load(config.DataConfig(download=True), 1)' ||
+        say "Fashion-MNIST cannot be had here: tests that need it are skipped"
+fi
+set_up_mpich
+[[ -n ${FEDDIP_MPICH:-} ]] || say "MPICH cannot be had here: tests that need it are skipped"
+# Tests start more ranks than there are cores, with their own command lines.
+export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
+export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
+export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
+export FEDDIP_MPIRUN=$MPIRUN
+
+exec python -m pytest "$@"
