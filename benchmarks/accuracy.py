@@ -1,0 +1,141 @@
+"""Accuracy of the truly pruned model at the published Fashion-MNIST setting, and the ablation of the variants.
+
+    python benchmarks/accuracy.py --out runs/accuracy [--grid main|ablation] [--jobs 2] [--rounds 100]
+
+Every cell is an ordinary run folder made by `feddip-mpi train` on one rank and one thread; finished cells are
+skipped, so the script can be stopped and started again. At the end it writes accuracy-GRID.json into --results and
+prints the table as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SETTING = ["clients=50", "participants=5", "local_epochs=5", "batch_size=128", "eval.every=1", "checkpoint.every=50"]
+SEEDS = (1, 2, 3)
+INT4 = ["upload.values=int4"]
+
+# name: overrides on top of the program's defaults and SETTING
+MAIN = {
+    "fedavg": ["method=fedavg", "upload.values=fp32"],
+    **{f"feddip-{s}": [f"sparsity.final={s}"] for s in ("0.9", "0.95", "0.98")},
+}
+_AT_095 = ["sparsity.final=0.95"]
+ABLATION = {
+    "default": _AT_095,
+    "in-mask only, memory off": [*_AT_095, "server_memory=off", "upload.regrow=0", "upload.residual=in_mask_only"],
+    "in-mask only, memory on": [*_AT_095, "upload.regrow=0", "upload.residual=in_mask_only"],
+    "no freeze": [*_AT_095, "mask.freeze_after=1.0"],
+    "regrow 0.1": [*_AT_095, "upload.regrow=0.1"],
+    "regrow 0.5": [*_AT_095, "upload.regrow=0.5"],
+    "regrow in all rounds": [*_AT_095, "upload.regrow_rounds=all"],
+    "residual dropped": [*_AT_095, "upload.residual=drop"],
+    "residual decays 0.9": [*_AT_095, "upload.residual=decay"],
+    "fp32 values": [*_AT_095, "upload.values=fp32"],
+    "int4 values": [*_AT_095, "upload.values=int4"],
+    "no penalty": [*_AT_095, "penalty.schedule=off"],
+    "no feedback": [*_AT_095, "feedback=off"],
+    "dense upload": [*_AT_095, "upload.mode=dense", "upload.values=fp32"],
+    "published rule": [
+        *_AT_095, "server_memory=published", "upload.mode=dense", "upload.values=fp32", "penalty.schedule=published",
+        "mask.freeze_after=1.0",
+    ],
+}  # fmt: skip
+GRIDS = {"main": (MAIN, SEEDS), "ablation": (ABLATION, (1, 2))}
+
+
+def run_cell(folder: Path, overrides: list[str], seed: int, rounds: int) -> dict | None:
+    """Train (or resume) one cell; its summary, or None if it failed."""
+    finished = folder / "finished.json"
+    if not finished.exists():
+        if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("round-*.h5")):
+            command = ["resume", str(folder)]
+        else:
+            settings = [*SETTING, f"rounds={rounds}", f"seed={seed}", *overrides]
+            flags = [part for setting in settings for part in ("--set", setting)]
+            command = ["train", str(Path(__file__).with_name("empty.yaml")), "--out", str(folder), *flags]
+        log = folder.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FEDDIP_PROGRESS": "plain"}
+        with open(log, "a") as out:
+            subprocess.run([sys.executable, "-m", "feddip_mpi", *command], stdout=out, stderr=out, env=environment)
+    return json.loads(finished.read_text()) if finished.exists() else None
+
+
+def last_mask_churn(folder: Path) -> float | None:
+    """Share of the kept weights newly admitted at the last mask update that changed anything."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [r for r in records if r["mask_updated"]]
+    if not updates:
+        return None
+    layers = updates[-1]
+    kept = (1 - layers["sparsity"]) * 61470
+    return layers["mask_grown"] / kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--grid", choices=GRIDS, default="main")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--only", help="cells whose name contains this")
+    options = parser.parse_args()
+    grid, seeds = GRIDS[options.grid]
+    # Seeds outermost: after a stop the grid is complete for the first seeds.
+    cells = [(name, seed) for seed in seeds for name in grid if not options.only or options.only in name]
+
+    def folder_of(name: str, seed: int) -> Path:
+        return options.out / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
+
+    started = time.time()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda c: run_cell(folder_of(*c), grid[c[0]], c[1], options.rounds), cells))
+    table: dict[str, dict] = {}
+    for (name, seed), summary in zip(cells, results, strict=True):
+        row = table.setdefault(name, {"overrides": grid[name], "seeds": {}})
+        if summary is not None:
+            row["seeds"][seed] = {**summary, "last_mask_churn": last_mask_churn(folder_of(name, seed))}
+    write(table, options, time.time() - started)
+
+
+def write(table: dict[str, dict], options: argparse.Namespace, seconds: float) -> None:
+    options.results.mkdir(parents=True, exist_ok=True)
+    result = {"command": " ".join(["python", *sys.argv]), "rounds": options.rounds, "setting": SETTING, "cells": table}
+    path = options.results / f"accuracy-{options.grid}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print("| variant | seeds | accuracy, last round | mean of the last 5 rounds | upload, MB | fewer bytes | churn |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in table.items():
+        runs = list(row["seeds"].values())
+        if runs:
+            print(_row(name, list(row["seeds"]), runs))
+    print(f"\n{seconds:.0f} s in this call; written to {path}")
+
+
+def _row(name: str, seeds: list[int], runs: list[dict]) -> str:
+    last = [r["test_accuracy"] for r in runs]
+    mean5 = [r["test_accuracy_mean_of_last_5"] for r in runs]
+    uploaded = statistics.mean(r["upload_bytes"] for r in runs)
+    ratio = statistics.mean(r["dense_bytes"] for r in runs) / uploaded
+    churn = [r["last_mask_churn"] for r in runs if r["last_mask_churn"] is not None]
+    shown = f"{100 * statistics.mean(churn):.1f} %" if churn else "-"
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+    seeds_text = ", ".join(map(str, seeds))
+    return f"| {name} | {seeds_text} | {spread(last)} | {spread(mean5)} | {uploaded / 1e6:.1f} | {ratio:.1f} | {shown} |"
+
+
+if __name__ == "__main__":
+    main()
