@@ -134,7 +134,9 @@ def _row(name: str, seeds: list[int], runs: list[dict]) -> str:
         return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
     seeds_text = ", ".join(map(str, seeds))
-    return f"| {name} | {seeds_text} | {spread(last)} | {spread(mean5)} | {uploaded / 1e6:.1f} | {ratio:.1f} | {shown} |"
+    return (
+        f"| {name} | {seeds_text} | {spread(last)} | {spread(mean5)} | {uploaded / 1e6:.1f} | {ratio:.1f} | {shown} |"
+    )
 
 
 if __name__ == "__main__":

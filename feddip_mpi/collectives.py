@@ -97,7 +97,7 @@ class Communicator:
     def broadcast_array(self, array: np.ndarray | None) -> np.ndarray:
         """Rank 0's array on every rank (any shape, plain dtype)."""
         shape = self.broadcast([list(array.shape), array.dtype.str] if self.rank == 0 and array is not None else None)
-        out = np.ascontiguousarray(array) if self.rank == 0 else np.empty(shape[0], np.dtype(shape[1]))
+        out = np.asarray(array, order="C") if self.rank == 0 else np.empty(shape[0], np.dtype(shape[1]))
         raw = out.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, self._limit):
             self._handle.Bcast(raw[start : start + self._limit], root=0)
@@ -149,7 +149,9 @@ class Communicator:
                 out[start + begin : start + begin + part] = chunk
         return out
 
-    def move(self, transfers: Sequence[tuple[int, int, int]], outgoing: Callable[[int], np.ndarray]) -> dict[int, np.ndarray]:
+    def move(
+        self, transfers: Sequence[tuple[int, int, int]], outgoing: Callable[[int], np.ndarray]
+    ) -> dict[int, np.ndarray]:
         """Point-to-point transfers that all ranks know of.
 
         Args:
@@ -195,7 +197,7 @@ class Communicator:
             size = int(np.prod(shape, dtype=np.int64)) * itemsize
             window = self._mpi.Win.Allocate_shared(size if node.rank == 0 else 0, itemsize, comm=node)
             buffer, _ = window.Shared_query(0)
-            view = np.ndarray(shape, np.dtype(dtype), buffer=buffer)
+            view = np.frombuffer(buffer, np.dtype(dtype), count=size // itemsize).reshape(shape)
             if node.rank == 0:
                 assert arrays is not None
                 view[...] = arrays.pop(name)

@@ -52,7 +52,9 @@ class DataConfig(_Section):
     partition: Literal["iid", "dirichlet", "pathological", "quantity"] = Field(
         "iid", description="how the training images are split over the clients"
     )
-    alpha: float = Field(0.5, gt=0, le=1e6, description="concentration of dirichlet and quantity: smaller is more skewed")
+    alpha: float = Field(
+        0.5, gt=0, le=1e6, description="concentration of dirichlet and quantity: smaller is more skewed"
+    )
     min_samples: int = Field(10, ge=1, description="fewest training images a client may get (dirichlet, quantity)")
     classes_per_client: int = Field(2, ge=1, description="classes each client holds (pathological)")
     augment: Literal["none", "standard"] = Field(
@@ -88,7 +90,7 @@ class MaskConfig(_Section):
         "erk", description="the rule of the first mask; none: dense until the first update"
     )
     freeze_after: float = Field(
-        1.0, gt=0, le=1, description="share of the rounds after which the mask stays fixed (s_t reaches s_p by then)"
+        0.75, gt=0, le=1, description="share of the rounds after which the mask stays fixed (s_t reaches s_p by then)"
     )
 
 
@@ -100,7 +102,9 @@ class PenaltyConfig(_Section):
     schedule: Literal["steps", "published", "constant", "linear", "off"] = Field(
         "steps", description="the shape of lambda_t; published: the published code's 20 segments from 5e-4"
     )
-    norm: Literal["l2", "l2_squared", "l1"] = Field("l2", description="the norm per tensor; the paper's is l2, not squared")
+    norm: Literal["l2", "l2_squared", "l1"] = Field(
+        "l2", description="the norm per tensor; the paper's is l2, not squared"
+    )
 
 
 ValueType = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -160,7 +164,9 @@ class Config(_Section):
     weight_decay: float = Field(5e-4, ge=0, le=1e3, description="mu, on all parameters")
     method: Literal["feddip", "fedavg", "fedprox"] = Field("feddip", description="the federated method")
     proximal: float = Field(0.01, ge=0, le=1e6, description="strength of FedProx's proximal term")
-    feedback: bool = Field(True, description="pruned weights keep moving and may grow back; off also masks the gradient")
+    feedback: bool = Field(
+        True, description="pruned weights keep moving and may grow back; off also masks the gradient"
+    )
     server_memory: typing.Annotated[Literal["on", "off", "published"], BeforeValidator(_on_off)] = Field(
         "on", description="on: pruned mass is remembered; off: only the pruned model is; published: masks nest"
     )
@@ -174,7 +180,9 @@ class Config(_Section):
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    threads: int = Field(1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads")
+    threads: int = Field(
+        1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
+    )
     deterministic: bool = Field(True, description="on a GPU, only algorithms that repeat bit for bit")
 
 
@@ -194,7 +202,9 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the configuration {str(path)!r}: {error}; name a YAML file (see configs/)") from None
+        raise InputError(
+            f"cannot read the configuration {str(path)!r}: {error}; name a YAML file (see configs/)"
+        ) from None
     return parse(text, overrides, source=str(path))
 
 
@@ -235,14 +245,16 @@ def validate(values: Mapping[str, Any], source: str = "configuration") -> Config
     return config
 
 
-def override(config: Config, overrides: Sequence[str], allowed: Sequence[str] | None = None) -> Config:
-    """A validated copy of `config` with `KEY=VALUE` overrides; `allowed` limits the keys (for resume)."""
+def override(
+    config: Config, overrides: Sequence[str], allowed: Sequence[str] | None = None, place: str = "a resumed run"
+) -> Config:
+    """A validated copy of `config` with `KEY=VALUE` overrides; `allowed` limits the keys, `place` says to whom."""
     values = to_dict(config)
     for item in overrides:
         key = item.split("=", 1)[0].strip()
         if allowed is not None and "=" in item and key not in allowed:
             raise InputError(
-                f"--set {item}: {key!r} cannot change in a resumed run; allowed: {', '.join(allowed)}; "
+                f"--set {item}: {key!r} cannot change in {place}; allowed: {', '.join(allowed)}; "
                 "start a new run with `train` to change anything else"
             )
         _apply_override(values, item)
@@ -301,7 +313,9 @@ def _describe(key: str, item: Any) -> str:
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, list(keys()), n=1, cutoff=0.5)
         tail = [k for k in keys() if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        hint = f"did you mean {(tail or near)[0]!r}?" if tail or near else f"valid keys: {', '.join(Config.model_fields)}"
+        hint = (
+            f"did you mean {(tail or near)[0]!r}?" if tail or near else f"valid keys: {', '.join(Config.model_fields)}"
+        )
         return f"{key}: unknown key; {hint}"
     message = item["msg"][:1].lower() + item["msg"][1:]
     return f"{key}: got {_shorten(item['input'])}; {message}"
@@ -334,21 +348,30 @@ def _cross_field_problems(config: Config) -> Iterator[tuple[tuple[str, ...], str
     """Rules between keys: the keys concerned, and the message."""
     c = config
     if c.participants > c.clients:
-        yield ("participants", "clients"), (
-            f"participants: got {c.participants}, more than clients = {c.clients}; lower participants or raise clients"
+        yield (
+            ("participants", "clients"),
+            (
+                f"participants: got {c.participants}, more than clients = {c.clients}; lower participants or raise clients"
+            ),
         )
     if c.sparsity.initial > c.sparsity.final:
-        yield ("sparsity.initial", "sparsity.final"), (
-            f"sparsity.initial: got {c.sparsity.initial}, above sparsity.final = {c.sparsity.final}; "
-            "sparsity only grows: lower initial or raise final"
+        yield (
+            ("sparsity.initial", "sparsity.final"),
+            (
+                f"sparsity.initial: got {c.sparsity.initial}, above sparsity.final = {c.sparsity.final}; "
+                "sparsity only grows: lower initial or raise final"
+            ),
         )
     shape = c.data.synthetic.shape
     if min(shape) < 1:
         yield ("data.synthetic.shape",), f"data.synthetic.shape: got {list(shape)}; every number must be at least 1"
     if c.data.name == "synthetic" and c.data.synthetic.train_samples < c.clients:
-        yield ("data.synthetic.train_samples", "clients"), (
-            f"data.synthetic.train_samples: got {c.data.synthetic.train_samples}, fewer than clients = {c.clients}; "
-            "every client needs at least one image"
+        yield (
+            ("data.synthetic.train_samples", "clients"),
+            (
+                f"data.synthetic.train_samples: got {c.data.synthetic.train_samples}, fewer than clients = {c.clients}; "
+                "every client needs at least one image"
+            ),
         )
     if c.method == "feddip" and c.sparsity.final == 0 and c.mask.initial != "none" and c.sparsity.initial == 0:
         return  # dense FedDIP is legal: it is FedAvg with a penalty

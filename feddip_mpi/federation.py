@@ -21,14 +21,16 @@ from feddip_mpi.vector import BoundModel, Layout, flatten
 
 @dataclass(frozen=True)
 class Federation:
-    """Attributes:
-    config, comm, device: as given.
-    dataset: the images, one copy per node.
-    identity: fingerprint of images and labels; a resume on other data is refused.
-    partition: which images belong to which client.
-    train_data, test_data: the splits on this rank's device.
-    layout, bound, trainer: the model and its flat vector, and what trains it.
-    initial: float32 [n] on the device, the initial weights.
+    """A rank's view of the federation.
+
+    Attributes:
+        config, comm, device: as given.
+        dataset: the images, one copy per node.
+        identity: fingerprint of images and labels; a resume on other data is refused.
+        partition: which images belong to which client.
+        train_data, test_data: the splits on this rank's device.
+        layout, bound, trainer: the model and its flat vector, and what trains it.
+        initial: float32 [n] on the device, the initial weights.
     """
 
     config: Config
@@ -120,5 +122,5 @@ def identity_of(dataset: data.Dataset) -> str:
     """Name, shapes and CRC-32 of the data, e.g. "fashion-mnist 60000x1x28x28 3f1c..."."""
     crc = 0
     for array in dataset.arrays().values():
-        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
     return f"{dataset.name} {'x'.join(map(str, dataset.train_images.shape))} {crc:08x}"

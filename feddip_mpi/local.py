@@ -53,8 +53,18 @@ class DeviceData:
     std: Tensor
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 or float [B, C, H, W] as normalised float32."""
-        return (images.to(torch.float32) - self.mean) / self.std
+        """uint8 or float [B, C, H, W] as normalised float32, on the CPU in channels-last memory order.
+
+        There convolution and pooling then run channels last too: 1.3 times the LeNet-5 step (docs/results).
+        """
+        if images.device.type != "cpu":
+            return (images.to(torch.float32) - self.mean) / self.std
+        out = (images.to(torch.float32, memory_format=torch.channels_last) - self.mean) / self.std
+        if out.shape[1] == 1:
+            # One channel lies the same way in both orders and torch would take it for the other one.
+            _, _, height, width = out.shape
+            out = out.as_strided(out.shape, (height * width, 1, width, 1))
+        return out
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,14 @@ class LocalTrainer:
         self._gradient = torch.empty_like(self._weights)
 
     def train(
-        self, received: Tensor, mask: Tensor, samples: np.ndarray, learning_rate: float, penalty: float, round: int, client: int
+        self,
+        received: Tensor,
+        mask: Tensor,
+        samples: np.ndarray,
+        learning_rate: float,
+        penalty: float,
+        round: int,
+        client: int,
     ) -> LocalResult:
         """E epochs of DPF from the received weights.
 

@@ -44,7 +44,9 @@ FIELDS: dict[str, Field] = {
     "mask_grown": Field("int", "config", "weights that entered the mask"),
     "mask_pruned": Field("int", "config", "weights that left the mask"),
     "train_loss": Field("float", "config", "cross-entropy of the participants' batches, weighted by images"),
-    "test_loss": Field("float", "config", "cross-entropy of the pruned model on the test images; null if not evaluated"),
+    "test_loss": Field(
+        "float", "config", "cross-entropy of the pruned model on the test images; null if not evaluated"
+    ),
     "test_accuracy": Field("float", "config", "top-1 accuracy of the pruned model, 0 to 1"),
     "test_accuracy_top5": Field("float", "config", "top-5 accuracy of the pruned model, 0 to 1"),
     "client_accuracy": Field("floats", "config", "top-1 accuracy on each client's own test part (eval.clients)"),
@@ -59,7 +61,9 @@ FIELDS: dict[str, Field] = {
     "upload_frame_bytes": Field("int", "config", "of these: frames"),
     "dense_bytes": Field("int", "config", "the same uploads as dense float32"),
     "ranks": Field("int", "ranks", "MPI ranks"),
-    "wire_bytes": Field("int", "ranks", "update bytes handed to MPI for sending, all ranks: payloads and their lengths"),
+    "wire_bytes": Field(
+        "int", "ranks", "update bytes handed to MPI for sending, all ranks: payloads and their lengths"
+    ),
     "received_bytes": Field("int", "ranks", "update bytes received from other ranks, all ranks"),
     "residual_bytes": Field("int", "ranks", "residuals that moved with their client to another rank"),
     "control_bytes": Field("int", "ranks", "plan, status, scores and measurements handed to MPI, all ranks"),
@@ -86,7 +90,7 @@ def columns(records: Sequence[Record]) -> dict[str, np.ndarray]:
         width = max((len(v) for v in values if isinstance(v, list)), default=0)
         if field.kind in ("ints", "floats", "layers"):
             rows: Any = [v if isinstance(v, list) else [math.nan] * width for v in values]
-            shape = (len(records), width)
+            shape: tuple[int, ...] = (len(records), width)
         else:
             rows, shape = [math.nan if v is None else v for v in values], (len(records),)
         # Whole numbers stay whole; a column with gaps needs NaN.
@@ -127,14 +131,15 @@ def _scalar(kind: str, cell: Any) -> Any:
 
 def to_line(record: Record) -> str:
     """One JSON line; NaN and infinity become null, as JSON has neither."""
-    return json.dumps({name: _clean(value) for name, value in record.items()}, allow_nan=False)
+    return json.dumps({name: without_nan(value) for name, value in record.items()}, allow_nan=False)
 
 
-def _clean(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """JSON values with null in place of NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -144,7 +149,7 @@ class MetricsFile:
     def __init__(self, path: Path, history: Sequence[Record]) -> None:
         """Begin with the lines of `history`: rounds after the resumed checkpoint are run, and written, again."""
         hdf5.write_text(path, "".join(to_line(record) + "\n" for record in history))
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
 
     def append(self, record: Record) -> None:
         self._file.write(to_line(record) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,14 +139,19 @@ def exchange(comm: Communicator, payloads: Sequence[np.ndarray], placed: dict[in
 
 @dataclass
 class Work:
-    """What this rank's participants left in a round: payloads, and per participant (all slots, own ones filled)
-    mean loss, images trained on and squared residual norm, float64 [K, 3]."""
+    """What this rank's participants left in a round.
+
+    Attributes:
+        payloads: one per own participant, in client order.
+        numbers: float64 [K, 3], mean loss, images trained on, squared residual norm; zero for others' participants.
+    """
 
     payloads: list[np.ndarray]
     numbers: np.ndarray
 
     @classmethod
     def nothing(cls, participants: int) -> Work:
+        """Before any participant has trained."""
         return cls([], np.zeros((participants, 3)))
 
 
@@ -212,7 +218,9 @@ def _combine(
         for client, payload in zip(plan.participants, gathered, strict=True):
             decoded = codec.decode(payload, srv.mask, federation.layout.size, plan.round, digest)
             if decoded.client != client:
-                raise PeerError(f"round {plan.round + 1}: payload of client {decoded.client} in client {client}'s place")
+                raise PeerError(
+                    f"round {plan.round + 1}: payload of client {decoded.client} in client {client}'s place"
+                )
             counted.append(decoded.bytes)
             yield federation.samples[client] / total, decoded.update
 
@@ -227,9 +235,7 @@ def _evaluate(federation: Federation, srv: Server) -> evaluate.Scores:
 def score_model(federation: Federation, weights: torch.Tensor) -> evaluate.Scores:
     """Evaluate float32 [n] on the global test set, sharded over the ranks; the same result on every rank."""
     comm, config = federation.comm, federation.config
-    own = evaluate.score(
-        federation.bound, weights, federation.test_data, config.eval.batch_size, comm.rank, comm.size
-    )
+    own = evaluate.score(federation.bound, weights, federation.test_data, config.eval.batch_size, comm.rank, comm.size)
     parts = [
         evaluate.BatchScores(losses, correct)
         for losses, correct in zip(comm.gather(own.losses), comm.gather(own.correct), strict=True)
@@ -250,9 +256,7 @@ def compare_replicas(comm: Communicator, srv: Server) -> None:
 
 def digest_of(srv: Server) -> int:
     """CRC-32 of weights and mask."""
-    import zlib
-
-    return zlib.crc32(srv.weights.cpu().numpy().view(np.uint8), masks.digest(srv.mask))
+    return zlib.crc32(srv.weights.cpu().numpy().view(np.uint8).data, masks.digest(srv.mask))
 
 
 def _move_residuals(federation: Federation, state: State, placed: dict[int, int]) -> None:
@@ -276,6 +280,7 @@ def pack_residual(residual: Residual | None) -> np.ndarray:
 
 
 def unpack_residual(message: np.ndarray) -> Residual | None:
+    """The inverse of `pack_residual`."""
     if not message.size:
         return None
     values = torch.from_numpy(message[8:].copy().view(np.float32))
@@ -370,8 +375,18 @@ def _record(
         "dense_bytes": 4 * layout.size * len(plan.participants),
         "ranks": comm.size,
     }
-    names = ("wire_bytes", "residual_bytes", "control_bytes", "received_bytes", "host_memory_bytes", "device_memory_bytes")
-    measurements = {**{f"{name}_seconds": float(s) for name, s in slowest.items()}, **dict(zip(names, sums, strict=True))}
+    names = (
+        "wire_bytes",
+        "residual_bytes",
+        "control_bytes",
+        "received_bytes",
+        "host_memory_bytes",
+        "device_memory_bytes",
+    )
+    measurements = {
+        **{f"{name}_seconds": float(s) for name, s in slowest.items()},
+        **dict(zip(names, sums, strict=True)),
+    }
     return {**record, **{name: measurements[name] for name in metrics.FIELDS if name in measurements}}
 
 

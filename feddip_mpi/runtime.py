@@ -41,8 +41,11 @@ def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None
 
 
 def prepare_mpi() -> None:
-    """To be called before MPI starts: the Open MPI wheel prints an error for its UCX window component on every node
-    without such hardware; the windows used here are shared memory only, so that component is left out."""
+    """Set what MPI reads when it starts.
+
+    The Open MPI wheel prints an error for its UCX window component on every node without such hardware; the windows
+    used here are shared memory only, so that component is left out.
+    """
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 
 

@@ -33,6 +33,7 @@ class Known:
             for IDX. A file may also be there gzipped, with `.gz` appended, where `gzipped` says so.
         folders: where below a data folder they may lie; the first is where a download puts them.
         telling: whether the names of the files alone tell this data set from the others.
+        shape: channels, height, width of an image.
         mean, std: per channel, in units of pixel / 255, of the official training images.
         package: the Debian package that installs it, if there is one.
     """
@@ -44,6 +45,7 @@ class Known:
     telling: bool
     remotes: tuple[Remote, ...]
     class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     package: str | None = None
@@ -53,8 +55,8 @@ def _idx_remotes(base: str, digests: tuple[str, ...]) -> tuple[Remote, ...]:
     return tuple(Remote(f"{base}{name}.gz", digest) for name, digest in zip(_IDX_FILES, digests, strict=True))
 
 
-# The publishers list MD5 (Fashion-MNIST, CIFAR) or nothing (MNIST). These SHA-256 sums of the same files are the ones
-# that several independent projects record (TensorFlow Datasets, MLDatasets.jl and others); they agree with each other.
+# The publishers list MD5 (Fashion-MNIST, CIFAR) or nothing (MNIST). These SHA-256 sums are those that several independent
+# public projects record for the same files and agree on; they were not recomputed from the files here.
 _FASHION_MNIST = Known(
     name="fashion-mnist",
     files=_IDX_FILES,
@@ -73,6 +75,7 @@ _FASHION_MNIST = Known(
     class_names=(
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
     ),
+    shape=(1, 28, 28),
     mean=(0.2860,),
     std=(0.3530,),
     package="dataset-fashion-mnist",
@@ -94,6 +97,7 @@ _MNIST = Known(
         ),
     ),
     class_names=tuple("0123456789"),
+    shape=(1, 28, 28),
     mean=(0.1307,),
     std=(0.3081,),
 )
@@ -111,6 +115,7 @@ _CIFAR10 = Known(
         ),
     ),
     class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    shape=(3, 32, 32),
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
 )
@@ -138,6 +143,7 @@ _CIFAR100 = Known(
         ),
     ),
     class_names=tuple(_CIFAR100_CLASSES.split()),
+    shape=(3, 32, 32),
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),
 )
