@@ -197,7 +197,7 @@ class Communicator:
             size = int(np.prod(shape, dtype=np.int64)) * itemsize
             window = self._mpi.Win.Allocate_shared(size if node.rank == 0 else 0, itemsize, comm=node)
             buffer, _ = window.Shared_query(0)
-            view = np.frombuffer(buffer, np.dtype(dtype), count=size // itemsize).reshape(shape)
+            view = np.ndarray(shape, np.dtype(dtype), buffer=memoryview(buffer))
             if node.rank == 0:
                 assert arrays is not None
                 view[...] = arrays.pop(name)
