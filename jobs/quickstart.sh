@@ -22,6 +22,8 @@ for argument in "$@"; do
     previous=$argument
 done
 
+# mpirun hides from the ranks whether a person is watching.
+[[ -t 1 ]] && export FEDDIP_PROGRESS=${FEDDIP_PROGRESS:-rich}
 say "$NP ranks, $(basename "$MPIRUN") ($MPI_KIND); run folder: $OUT"
 # With `-m mpi4py` an exception on one rank ends all of them instead of leaving the others waiting.
 status=0
