@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from feddip_mpi import __version__, config, hdf5, masks, metrics
+from feddip_mpi import __version__, config, hdf5, masks, metrics, runtime
 from feddip_mpi.config import Config
 from feddip_mpi.errors import DamagedFileError, InputError
 from feddip_mpi.hdf5 import Item, Reader
@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 _NAME = re.compile(r"round-(\d{6,})\.h5")
 # Below this share of non-zeros a residual is stored as indices and values.
 _SPARSE_BELOW = 0.5
+_CLASS_NAMES = "model/class_names"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Snapshot:
         histogram: int64 [clients, classes], the partition's training images.
         input_shape, classes: what `evaluate` and `export` need to build the model again.
         created: ISO 8601 time at which the run began.
+        mean, std: normalisation per channel, in units of pixel / 255; whoever uses the model needs them.
+        class_names: one per class, or none.
     """
 
     config: Config
@@ -54,9 +57,13 @@ class Snapshot:
     input_shape: tuple[int, int, int]
     classes: int
     created: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def path_of(folder: Path, round: int) -> Path:
+    """The file of a round's checkpoint."""
     return folder / f"round-{round:06d}.h5"
 
 
@@ -71,6 +78,7 @@ def save(path: Path, snapshot: Snapshot, residuals: Iterable[tuple[int, Residual
     attributes = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
+        "versions": json.dumps(runtime.versions()),
         "round": server.round,
         "config": json.dumps(config.to_dict(snapshot.config)),
         "seed": snapshot.config.seed,
@@ -88,6 +96,7 @@ def save(path: Path, snapshot: Snapshot, residuals: Iterable[tuple[int, Residual
             "buffers": json.dumps(list(layout.names[layout.parameter_tensors :])),
             "input_shape": np.array(snapshot.input_shape),
             "classes": snapshot.classes,
+            "normalisation": json.dumps({"mean": snapshot.mean, "std": snapshot.std}),
         }
     }
     return hdf5.write(path, _items(snapshot, residuals), attributes, groups)
@@ -101,6 +110,8 @@ def _items(snapshot: Snapshot, residuals: Iterable[tuple[int, Residual]]) -> Ite
     parts = server.mask.split(list(layout.prunable_sizes))
     for name, shape, part in zip(layout.prunable_names, layout.prunable_shapes, parts, strict=True):
         yield Item(f"model/masks/{name}", masks.pack(part), {"shape": np.array(shape)})
+    if snapshot.class_names:  # a dataset: an attribute may not pass 64 KiB
+        yield Item(_CLASS_NAMES, np.array([name.encode() for name in snapshot.class_names]))
     yield Item("partition/histogram", snapshot.histogram)
     for name, column in metrics.columns(snapshot.history).items():
         yield Item(f"history/{name}", column, {"depends_on": metrics.FIELDS[name].depends_on})
@@ -120,7 +131,15 @@ def _residual_items(client: int, residual: Residual) -> Iterator[Item]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint read back: the snapshot's parts that a resume needs."""
+    """A checkpoint read back: all but the residuals.
+
+    Attributes:
+        tensors: every tensor of the layout by name; the prunable ones dense, as the server remembers them.
+        masks: bool, one per prunable tensor, in its shape.
+        saved: ISO 8601 time of the file; `created` is that of the run.
+        versions: of the libraries that wrote it.
+        The rest as in `Snapshot`.
+    """
 
     path: Path
     config: Config
@@ -136,7 +155,12 @@ class Loaded:
     input_shape: tuple[int, int, int]
     classes: int
     created: str
+    saved: str
+    versions: dict[str, str]
     digest: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
 
 
 def load(path: Path, verify: bool = True) -> Loaded:
@@ -186,6 +210,7 @@ def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
         mask=torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool),
     )
     table = {name: reader.array(f"history/{name}") for name in metrics.FIELDS}
+    normalisation = json.loads(model["normalisation"])
     return Loaded(
         path=path,
         config=config.validate(json.loads(attributes["config"]), f"{path}: stored configuration"),
@@ -201,8 +226,19 @@ def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
         input_shape=tuple(model["input_shape"]),
         classes=model["classes"],
         created=attributes["created"],
+        saved=attributes["saved"],
+        versions=json.loads(attributes["versions"]),
         digest=attributes["digest"],
+        mean=tuple(normalisation["mean"]),
+        std=tuple(normalisation["std"]),
+        class_names=_class_names(reader),
     )
+
+
+def _class_names(reader: Reader) -> tuple[str, ...]:
+    if not reader.names(_CLASS_NAMES):
+        return ()
+    return tuple(name.decode() for name in reader.array(_CLASS_NAMES).tolist())
 
 
 def read_residuals(path: Path) -> Iterator[tuple[int, Residual]]:
@@ -221,6 +257,16 @@ def _read_residual(reader: Reader, name: str) -> Residual:
         dense[reader.array(name.replace("/values", "/indices"))] = values
         values = dense
     return Residual(torch.from_numpy(values), round)
+
+
+def residual_bytes(path: Path) -> dict[int, int]:
+    """Bytes that each client's residual takes in the file, by client; clients without one are left out."""
+    found: dict[int, int] = {}
+    with hdf5.open_file(path) as reader:
+        for name in reader.names("clients/"):
+            client = int(name.split("/")[1])
+            found[client] = found.get(client, 0) + reader.stored_bytes(name)
+    return dict(sorted(found.items()))
 
 
 def verify(path: Path) -> tuple[int, dict[str, Any]]:
@@ -253,6 +299,36 @@ def newest(folder: Path) -> tuple[Loaded, list[str]]:
         except DamagedFileError as error:
             refused.append(str(error))
     raise DamagedFileError("no checkpoint of this run can be read:\n  " + "\n  ".join(refused))
+
+
+def check_model(loaded: Loaded, layout: Layout) -> None:
+    """Raise InputError where the model built from the stored configuration has other tensors than the checkpoint."""
+    stored = {name: tuple(loaded.tensors[name].shape) for name in loaded.layout_names}
+    ours = dict(zip(layout.names, layout.shapes, strict=True))
+    if list(stored.items()) != list(ours.items()):
+        differing = next((n for n in {**stored, **ours} if stored.get(n) != ours.get(n)), "the order of its tensors")
+        raise InputError(f"{loaded.path}: the model {loaded.config.model.name!r} has changed since ({differing})")
+
+
+def find(path: Path) -> tuple[Loaded, list[str]]:
+    """The checkpoint that a path means: the file itself, or the newest good one of a run folder.
+
+    Returns:
+        The checkpoint, and why newer ones of the folder were refused.
+
+    Raises:
+        InputError: there is none.
+        DamagedFileError: none can be read.
+    """
+    if path.is_dir():
+        return newest(folder_of(path))
+    return load(path), []
+
+
+def folder_of(path: Path) -> Path:
+    """Where the checkpoints of a run folder lie; a folder that holds checkpoints itself is returned as it is."""
+    inside = path / "checkpoints"
+    return inside if inside.is_dir() else path
 
 
 def prune_old(folder: Path, keep: int, keep_best: bool, final_sparsity: float) -> None:

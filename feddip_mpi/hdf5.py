@@ -125,6 +125,11 @@ class Reader:
         with _guard(self.path):
             return _plain(self._file[name].attrs[key])
 
+    def stored_bytes(self, name: str) -> int:
+        """Size of a dataset's values; nothing is read."""
+        with _guard(self.path):
+            return int(self._file[name].nbytes)
+
     def verify(self) -> int:
         """Read everything and compare all checksums and the digest; returns the number of datasets."""
         names = self.names()
@@ -190,7 +195,7 @@ def _guard(path: Path) -> Iterator[None]:
 
 def _crc(array: np.ndarray) -> int:
     contiguous = np.ascontiguousarray(array)
-    return zlib.crc32(contiguous.reshape(-1).view(np.uint8)) if contiguous.size else 0
+    return zlib.crc32(contiguous.reshape(-1).view(np.uint8).data) if contiguous.size else 0
 
 
 def _datasets(file: Any) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
 
     values, path = on_root(comm, read)
     settings, folder = config.validate(values), RunFolder(Path(path))
-    built = _build(comm, settings)
+    built = build(comm, settings)
     on_root(comm, lambda: folder.create(settings))
     _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
     state = rounds.initial_state(built)
@@ -135,7 +135,7 @@ def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
         if comm.rank == 0:
             terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
         return
-    built = _build(comm, settings)
+    built = build(comm, settings)
     state, history, created = _restore(built, loaded[0] if loaded else None)
     on_root(comm, lambda: _reopen(folder, settings))
     _play(built, folder, state, history, created)
@@ -156,7 +156,8 @@ def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
         log.info("%s; %s; %s", message, runtime.versions(), runtime.hardware())
 
 
-def _build(comm: Communicator, settings: Config) -> Federation:
+def build(comm: Communicator, settings: Config) -> Federation:
+    """This rank's device, then everything of `federation.build`. An error on one rank is raised on all."""
     error, device = None, torch.device("cpu")
     try:
         device = runtime.prepare_torch(settings, runtime.local_rank(comm.rank, comm.node_rank))
@@ -172,7 +173,7 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
 
     def check() -> list[Any]:
         assert loaded is not None
-        _check_same(built, loaded)
+        check_same(built, loaded)
         clients = [client for client, _ in checkpoint.read_residuals(loaded.path)]
         return [loaded.server.round, clients, loaded.created]
 
@@ -203,18 +204,14 @@ def _hand_out(
     return held
 
 
-def _check_same(built: Federation, loaded: Loaded) -> None:
+def check_same(built: Federation, loaded: Loaded) -> None:
     """Raises InputError where the data or the model are not those of the checkpoint."""
     if loaded.identity != built.identity:
         raise InputError(
             f"{loaded.path}: trained on {loaded.identity!r}, but the data found here is {built.identity!r} "
             f"({built.dataset.source}); set data.path to the data of the run"
         )
-    shapes = {name: loaded.tensors[name].shape for name in loaded.layout_names}
-    ours = dict(zip(built.layout.names, built.layout.shapes, strict=True))
-    if list(shapes) != list(ours) or any(tuple(shapes[n]) != ours[n] for n in ours):
-        differing = next((n for n in {**shapes, **ours} if tuple(shapes.get(n, ())) != ours.get(n, ())), "their order")
-        raise InputError(f"{loaded.path}: the model {built.config.model.name!r} has changed since ({differing})")
+    checkpoint.check_model(loaded, built.layout)
 
 
 def _play(built: Federation, folder: RunFolder, state: State, history: list[Record], created: str) -> None:
@@ -349,4 +346,7 @@ class FolderSaver:
             input_shape=built.dataset.shape,
             classes=built.dataset.classes,
             created=self._created,
+            mean=built.dataset.mean,
+            std=built.dataset.std,
+            class_names=built.dataset.class_names,
         )
