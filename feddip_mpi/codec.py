@@ -27,8 +27,10 @@ from feddip_mpi.errors import PeerError
 
 _MAGIC = b"FDIP"
 _VERSION = 1
-# magic, version, value type, dense flag, pad; round, client, mask digest; in-mask, off-mask, other counts; CRC.
+# magic, version, value type, dense flag, pad; round, client, mask digest; in-mask, off-mask, other counts; CRC of
+# all of these and of the body.
 _HEADER = struct.Struct("<4sBBBxIIIQQQI")
+_CRC = struct.Struct("<I")
 _VALUE_TYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 _BLOCK = {"int8": 256, "int4": 64}
 _LEVELS = {"int8": 127, "int4": 7}
@@ -98,9 +100,11 @@ def encode(
     body = np.concatenate([body_in, indices, body_off, _bytes_of(total[size:])])
     header = _HEADER.pack(
         _MAGIC, _VERSION, _VALUE_TYPES.index(upload.values), upload.dense, round, client, masks.digest(mask),
-        in_values.numel(), extra.numel(), total.numel() - size, zlib.crc32(body.tobytes()),
-    )  # fmt: skip
-    return np.concatenate([np.frombuffer(header, np.uint8), body]), residual
+        in_values.numel(), extra.numel(), total.numel() - size, 0,
+    )[:-_CRC.size]  # fmt: skip
+    payload = np.concatenate([np.frombuffer(header + bytes(_CRC.size), np.uint8), body])
+    payload[len(header) : _HEADER.size] = np.frombuffer(_CRC.pack(_checksum(payload)), np.uint8)
+    return payload, residual
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,10 @@ def _pack_values(values: Tensor, upload: Upload, generator: np.random.Generator)
     if kind == "fp32":
         return _bytes_of(values), values
     if kind in ("fp16", "bf16"):
-        low = values.to(torch.float16 if kind == "fp16" else torch.bfloat16)
-        if kind == "fp16":
-            # Beyond the largest half the nearest finite one travels and the residual keeps the rest.
-            low = values.clamp(-65504.0, 65504.0).to(torch.float16)
+        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+        # Beyond the largest finite one of the type that one travels, and the residual keeps the rest.
+        largest = torch.finfo(dtype).max
+        low = values.clamp(-largest, largest).to(dtype)
         return _bytes_of(low), low.to(torch.float32)
     raw = _quantise(values, kind, upload.stochastic, generator)
     return raw, _unpack_values(raw, values.numel(), kind).to(values.device)
@@ -254,15 +258,21 @@ def _sections(head: _Header) -> list[int]:
 def _read_header(payload: np.ndarray, round: int) -> _Header:
     if payload.size < _HEADER.size:
         raise PeerError(f"round {round + 1}: a payload of {payload.size} bytes is shorter than its frame")
-    raw = payload.tobytes()
+    raw = payload[: _HEADER.size].tobytes()
     magic, version, kind, dense, their_round, client, digest, in_n, off_n, other_n, crc = _HEADER.unpack_from(raw)
     if magic != _MAGIC or version != _VERSION or kind >= len(_VALUE_TYPES):
         raise PeerError(f"round {round + 1}: a message is no payload of format {_VERSION} (begins {raw[:8].hex()})")
+    if _checksum(payload) != crc:
+        raise PeerError(f"client {client}, round {round + 1}: payload altered or cut on its way (CRC differs)")
     if their_round != round:
         raise PeerError(f"client {client}: payload of round {their_round + 1} arrived in round {round + 1}")
-    if zlib.crc32(raw[_HEADER.size :]) != crc:
-        raise PeerError(f"client {client}, round {round + 1}: payload altered or cut on its way (CRC differs)")
     return _Header(_VALUE_TYPES[kind], bool(dense), client, digest, in_n, off_n, other_n)
+
+
+def _checksum(payload: np.ndarray) -> int:
+    """CRC-32 of a payload without the field that holds it: an altered frame is as bad as an altered value."""
+    frame = payload[: _HEADER.size - _CRC.size].tobytes()
+    return zlib.crc32(payload[_HEADER.size :].tobytes(), zlib.crc32(frame))
 
 
 def upload_bytes(in_mask: int, off_mask: int, other: int, values: str) -> int:
