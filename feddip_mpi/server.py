@@ -72,7 +72,10 @@ def step(server: Server, combined: Tensor, plan: RoundPlan, memory: str) -> tupl
     value = server.weights + combined
     if memory == "published":
         value = pruned(value, server.mask)
-    mask = new_mask(value[:size].abs(), server.mask, plan) if plan.update_mask else server.mask
+    magnitude = value[:size].abs()
+    if memory == "published":
+        magnitude.masked_fill_(~server.mask, -1.0)  # a kept weight of 0 still goes before every pruned one
+    mask = new_mask(magnitude, server.mask, plan) if plan.update_mask else server.mask
     weights = value if memory == "on" else pruned(value, mask)
     report = StepReport(
         update_norm=float(torch.linalg.vector_norm(combined)),
