@@ -171,3 +171,14 @@ def read(path: Path) -> list[Record]:
             if number != len(lines) - 1:
                 raise
     return out
+
+
+def reference() -> str:
+    """The names of a record as a Markdown table."""
+    rows = ["| name | depends on | meaning |", "|---|---|---|"]
+    rows += [f"| `{name}` | {field.depends_on} | {field.meaning} |" for name, field in FIELDS.items()]
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
