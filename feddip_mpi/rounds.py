@@ -87,17 +87,24 @@ def run(
         history.append(record)
         stop = comm.any(stop_requested()) and not _is_last(federation, state)
         saving = time.perf_counter()
+        # A checkpoint cannot hold how long saving it took: its last row gets the time up to here.
+        _clock(record, started, saving)
         if plan.checkpoint or stop:
             compare_replicas(comm, state.server)
             saver.save(state, history)
-        now = time.perf_counter()
-        record["checkpoint_seconds"] = now - saving
-        record["round_seconds"] = now - started
-        record["samples_per_second"] = record["samples"] / (now - started)
+            _clock(record, started, saving)
         report(record)
         if stop:
             return True
     return False
+
+
+def _clock(record: metrics.Record, started: float, saving: float) -> None:
+    """Set the seconds of the round up to now; `started`, `saving`: when the round and its checkpoint began."""
+    now = time.perf_counter()
+    record["checkpoint_seconds"] = now - saving
+    record["round_seconds"] = now - started
+    record["samples_per_second"] = record["samples"] / (now - started)
 
 
 def _is_last(federation: Federation, state: State) -> bool:
