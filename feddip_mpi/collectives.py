@@ -5,6 +5,7 @@ Messages are plain arrays or JSON, never pickles. Bytes are counted from the buf
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from collections import Counter
@@ -70,6 +71,15 @@ class Communicator:
         self.sent["control"] += row.nbytes
         self.received["control"] += row.nbytes * (self.size - 1)
         return out
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in rank order, on every rank."""
+        mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        counts = [int(count) for count in self.gather(np.array([float(mine.size)]))[:, 0]]
+        joined = self._allgatherv_bytes(mine, counts)
+        self.sent["control"] += mine.size
+        self.received["control"] += joined.size - mine.size
+        return [json.loads(part.tobytes()) for part in np.split(joined, np.cumsum(counts)[:-1])]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank: signals and clocks reach ranks at different times."""
@@ -229,6 +239,26 @@ class Communicator:
         text = self._mpi.Get_library_version().replace("\x00", " ")
         name = " ".join(text.split())[:60].split(",")[0]
         return f"{name} (mpi4py {mpi4py.__version__})"
+
+    def thread_level(self) -> str:
+        """How many threads of a process may call MPI: single, funneled, serialized or multiple."""
+        levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+        names = {getattr(self._mpi, f"THREAD_{level}"): level.lower() for level in levels}
+        return names.get(self._mpi.Query_thread(), "unknown")
+
+    def gpu_aware(self) -> tuple[bool | None, str]:
+        """Whether the library says that it takes CUDA pointers (None: it does not say), and the call that was asked.
+
+        An answer of yes is the library's claim and no proof: a wrong one is a segmentation fault.
+        """
+        library = ctypes.CDLL(self._mpi.__file__)  # its symbols include those of the MPI library it is linked to
+        if hasattr(library, "MPIX_Query_cuda_support"):
+            return bool(library.MPIX_Query_cuda_support()), "MPIX_Query_cuda_support"
+        if hasattr(library, "MPIX_GPU_query_support"):
+            answer = ctypes.c_int(0)
+            library.MPIX_GPU_query_support(0, ctypes.byref(answer))  # 0: MPIX_GPU_SUPPORT_CUDA
+            return bool(answer.value), "MPIX_GPU_query_support"
+        return None, "no call to ask"
 
     def host(self) -> str:
         return str(self._mpi.Get_processor_name())

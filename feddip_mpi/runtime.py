@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
@@ -21,23 +21,42 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("feddip_mpi")
 
+_NETWORK_FILE_SYSTEMS = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.glusterfs",
+    "fuse.sshfs", "fuse.ceph", "panfs", "pvfs2", "orangefs", "wekafs", "afs", "9p", "virtiofs",
+}  # fmt: skip
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """How many ranks the launcher says it has started, and the variable that says so; (1, "") where none does."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name]), name
+    by_launcher = any(name in environment for name in ("PMIX_RANK", "PMI_RANK"))
+    in_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    tasks = environment.get("SLURM_NTASKS") or environment.get("SLURM_NPROCS") or ""
+    return (int(tasks), "SLURM_NTASKS") if in_step and not by_launcher and tasks.isdigit() else (1, "")
 
 
 def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a launch in which every process believes that it is alone.
 
-    `srun` without the right PMI starts P programs of one rank each; all exit 0 and each overwrites the other's
-    files (measured with Open MPI and MPICH, docs/clusters.md).
+    `srun` without the right PMI, or the mpirun of another MPI, starts P programs of one rank each; all exit 0 and
+    each overwrites the other's files (measured with Open MPI and MPICH, docs/clusters.md).
     """
-    tasks = int(environment.get("SLURM_NTASKS") or environment.get("SLURM_NPROCS") or 1)
-    by_launcher = any(name in environment for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"))
-    in_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
-    if size == 1 and tasks > 1 and in_step and not by_launcher:
+    launched, variable = launched_ranks(environment)
+    if size > 1 or launched <= 1:
+        return
+    if variable == "SLURM_NTASKS":
         raise InputError(
-            f"srun started {tasks} tasks, but MPI sees 1 rank: the PMI of srun does not fit this MPI library; use "
+            f"srun started {launched} tasks, but MPI sees 1 rank: the PMI of srun does not fit this MPI library; use "
             "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH), or mpirun inside the allocation"
         )
+    raise InputError(
+        f"the launcher started {launched} ranks ({variable}), but MPI sees 1: mpirun and the library that mpi4py loads "
+        "belong to different MPIs; `feddip-mpi doctor` names the library: use the mpirun or mpiexec beside it"
+    )
 
 
 def prepare_mpi() -> None:
@@ -51,13 +70,18 @@ def prepare_mpi() -> None:
 
 def local_rank(rank: int, node_rank: int, environment: Mapping[str, str] = os.environ) -> int:
     """This rank's place on its node, by the rule that held for every launcher tried (docs/clusters.md)."""
+    return local_rank_and_rule(rank, node_rank, environment)[0]
+
+
+def local_rank_and_rule(rank: int, node_rank: int, environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """This rank's place on its node, and what told it."""
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
-        return int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+        return int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]), "OMPI_COMM_WORLD_LOCAL_RANK"
     if environment.get("SLURM_PROCID") == str(rank) and "SLURM_LOCALID" in environment:
-        return int(environment["SLURM_LOCALID"])
+        return int(environment["SLURM_LOCALID"]), "SLURM_LOCALID"
     if "MPI_LOCALRANKID" in environment:
-        return int(environment["MPI_LOCALRANKID"])
-    return node_rank
+        return int(environment["MPI_LOCALRANKID"]), "MPI_LOCALRANKID"
+    return node_rank, "place among the ranks that share memory"
 
 
 def prepare_torch(config: Config, local: int) -> torch.device:
@@ -134,6 +158,40 @@ def hardware() -> dict[str, str | int]:
     except OSError:
         pass
     return {"host": socket.gethostname(), "processor": model, "cores": len(os.sched_getaffinity(0))}
+
+
+def process() -> dict[str, Any]:
+    """This process: pid, cores it may run on, OMP_NUM_THREADS, and the node's memory in bytes."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "pid": os.getpid(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "memory_available_bytes": memory.available,
+        "memory_bytes": memory.total,
+    }
+
+
+def file_system(path: Path) -> dict[str, Any]:
+    """What a folder (or the nearest parent that exists) lies on: mount point, type, whether it can be written."""
+    import psutil
+
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists()).resolve()
+    above = {str(p) for p in (existing, *existing.parents)}
+    mounts = [m for m in psutil.disk_partitions(all=True) if m.mountpoint in above]
+    # Of mounts on one point the last covers the others.
+    mount = max(enumerate(mounts), key=lambda pair: (len(pair[1].mountpoint), pair[0]), default=(0, None))[1]
+    kind = mount.fstype if mount else "unknown"
+    return {
+        "path": str(path),
+        "mount": mount.mountpoint if mount else "unknown",
+        "type": kind,
+        "network": kind.lower() in _NETWORK_FILE_SYSTEMS,
+        "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        "free_bytes": psutil.disk_usage(str(existing)).free,
+    }
 
 
 def versions() -> dict[str, str]:
