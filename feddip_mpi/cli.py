@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -23,6 +25,8 @@ saving (resume goes on); others are failures."""
 _SETTINGS = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set sparsity.final=0.95."
 )
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
+_PLOT = click.option("--plot", metavar="FILE", help="Also draw it: FILE ends in .png, .pdf or .svg.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
@@ -36,7 +40,7 @@ def cli() -> None:
 @_SETTINGS
 @click.option("--out", metavar="DIR", help="Run folder; must be new or empty.  [default: runs/NAME-DATE-TIME]")
 def train(config: str, overrides: tuple[str, ...], out: str | None) -> None:
-    """Start a run: mpirun -n 4 feddip-mpi train configs/quickstart.yaml"""
+    """Start a run, e.g. mpirun -n 4 feddip-mpi train configs/quickstart.yaml."""
     from feddip_mpi import session
 
     _under_mpi(lambda comm: session.train(comm, config, overrides, out))
@@ -50,6 +54,133 @@ def resume(folder: str, overrides: tuple[str, ...]) -> None:
     from feddip_mpi import session
 
     _under_mpi(lambda comm: session.resume(comm, folder, overrides))
+
+
+@cli.command()
+@click.argument("checkpoint")
+@_SETTINGS
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Images per batch.  [default: the run's eval.batch_size]"
+)
+@_JSON
+def evaluate(checkpoint: str, overrides: tuple[str, ...], batch_size: int | None, as_json: bool) -> None:
+    """Test a saved model, truly pruned, on the data it was trained on.
+
+    CHECKPOINT is a file or a run folder; mpirun -n P shares the test images among P ranks.
+    """
+    from feddip_mpi import reevaluate
+    from feddip_mpi.report import terminal
+
+    settings = (*overrides, *([f"eval.batch_size={batch_size}"] if batch_size else []))
+
+    def work(comm: Communicator) -> None:
+        result = reevaluate.evaluate(comm, checkpoint, settings)
+        if comm.rank == 0:
+            (terminal.print_json if as_json else reevaluate.show)(result)
+
+    _under_mpi(work)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--config", "only_config", is_flag=True, help="Print the configuration alone, as YAML.")
+@_JSON
+def inspect(checkpoint: str, only_config: bool, as_json: bool) -> None:
+    """Show what a checkpoint (file or run folder) holds."""
+    from feddip_mpi.report import inspection, terminal
+
+    if only_config:
+        terminal.say(inspection.config_text(Path(checkpoint)).rstrip())
+    else:
+        (terminal.print_json if as_json else inspection.show)(inspection.describe(Path(checkpoint)))
+
+
+@cli.command()
+@click.argument("paths", metavar="CHECKPOINT...", nargs=-1, required=True)
+def verify(paths: tuple[str, ...]) -> None:
+    """Check checkpoints (files or run folders) for damage."""
+    from feddip_mpi.report import inspection
+
+    inspection.verify(paths)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.argument("file")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["safetensors", "torch", "sparse"]),
+    help="Default by the ending: .safetensors, .pt or .pth, .sparse.safetensors.",
+)
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+def export(checkpoint: str, file: str, form: str | None, force: bool) -> None:
+    """Write the pruned model to a file of its own.
+
+    The newest checkpoint is taken where CHECKPOINT is a run folder; FILE can be read without this package.
+    """
+    from feddip_mpi import checkpoint as checkpoints
+    from feddip_mpi import export as exporting
+    from feddip_mpi.report import terminal
+
+    loaded, refused = checkpoints.find(Path(checkpoint))
+    terminal.warn_refused(refused)
+    terminal.say(exporting.report(exporting.export(loaded, Path(file), form, force)))
+
+
+@cli.command()
+@click.argument("config")
+@_SETTINGS
+@_PLOT
+@click.option("--every", type=click.IntRange(min=1), metavar="N", help="Show every Nth round.  [default: what fits]")
+@_JSON
+def plan(config: str, overrides: tuple[str, ...], plot: str | None, every: int | None, as_json: bool) -> None:
+    """Show what a run will do, round by round."""
+    from feddip_mpi import config as configs
+    from feddip_mpi.report import planning, plots, terminal
+
+    settings = configs.load(config, overrides)
+    layout, rows = planning.make(settings)
+    if as_json:
+        terminal.print_json(rows)
+    else:
+        planning.show(settings, layout, rows, every)
+    if plot:
+        plots.plan_figure(rows, plot)
+
+
+@cli.command()
+@click.argument("config", required=False)
+@_SETTINGS
+@_PLOT
+def data(config: str | None, overrides: tuple[str, ...], plot: str | None) -> None:
+    """Show the data found and, with CONFIG, its partition."""
+    from feddip_mpi import config as configs
+    from feddip_mpi.report import datasets, plots
+
+    settings = configs.load(config, overrides) if config else configs.parse("", overrides)
+    if plot and not config:
+        raise InputError("--plot draws a partition: name a CONFIG")
+    datasets.show_places(settings.data)
+    if config:
+        dataset, histogram = datasets.load(settings)
+        datasets.show_partition(settings, dataset, histogram)
+        if plot:
+            plots.partition_figure(histogram, dataset.class_names, plot)
+
+
+@cli.command()
+@click.argument("target", required=False, metavar="[CONFIG or DIR]")
+@_SETTINGS
+@_JSON
+def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what each rank runs on and what is wrong there.
+
+    mpirun -n 4 feddip-mpi doctor
+    """
+    from feddip_mpi import doctor as doctors
+
+    _under_mpi(lambda comm: doctors.examine(comm, target, overrides, as_json))
 
 
 def _under_mpi(work: Callable[[Communicator], None]) -> None:
@@ -80,6 +211,9 @@ def _complain(error: FeddipError) -> None:
 
 def main() -> None:
     """Entry point of the console script and of `python -m feddip_mpi`."""
+    # The console script leaves the current folder out, and with it your own module:function.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

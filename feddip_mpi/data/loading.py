@@ -48,6 +48,16 @@ def load(config: DataConfig, seed: int) -> Dataset:
     )
 
 
+def shape_of(config: DataConfig, seed: int) -> tuple[tuple[int, int, int], int]:
+    """Channels, height and width of an image, and the number of classes; read from the data only where it must be."""
+    if config.name in KNOWN:
+        return KNOWN[config.name].shape, len(KNOWN[config.name].class_names)
+    if config.name == "synthetic":
+        return config.synthetic.shape, config.synthetic.classes
+    dataset = load(config, seed)
+    return dataset.shape, dataset.classes
+
+
 def _load_known(config: DataConfig) -> Dataset:
     location = places.locate(config.name, config)
     known = KNOWN[config.name]

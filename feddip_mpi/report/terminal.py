@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from feddip_mpi.federation import Federation
     from feddip_mpi.metrics import Record
 
@@ -37,7 +41,7 @@ def size(count: float) -> str:
 
 def clock(seconds: float) -> str:
     """h:mm:ss."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
@@ -121,7 +125,8 @@ class Eta:
     """Seconds left, from the mean of the rounds seen."""
 
     def __init__(self, rounds: int) -> None:
-        self._rounds, self._started, self._first = rounds, time.monotonic(), None
+        self._rounds, self._started = rounds, time.monotonic()
+        self._first: int | None = None
 
     def left(self, finished: int) -> float:
         if self._first is None:
@@ -129,9 +134,48 @@ class Eta:
         return (time.monotonic() - self._started) / (finished - self._first) * (self._rounds - finished)
 
 
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout; NaN and infinity become null."""
+    from feddip_mpi.metrics import without_nan
+
+    say(json.dumps(without_nan(value), indent=2, allow_nan=False))
+
+
+def warn_refused(reasons: Sequence[str]) -> None:
+    """Say on stderr why newer checkpoints were passed over."""
+    for reason in reasons:
+        print(f"refused a checkpoint: {reason}", file=sys.stderr, flush=True)
+
+
+def print_tables(*parts: Any) -> None:
+    """Rich tables and lines of text on stdout: as wide as the terminal, or as $COLUMNS or 110 columns in a file or a pipe.
+
+    Names are the user's: no markup, no emoji codes, nothing highlighted.
+    """
+    from rich.console import Console
+
+    width = None if is_terminal() or "COLUMNS" in os.environ else 110
+    console = Console(
+        force_terminal=None if is_terminal() else False, width=width, markup=False, emoji=False, highlight=False
+    )
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+    sys.stdout.flush()
+
+
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """A light table; the columns named in `right` hold numbers. Without columns: pairs of a name and a value."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_header=bool(columns))
+    for column in columns or ("", ""):
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
 def show_summary(summary: dict[str, Any], folder: Path, plot: Path | None) -> None:
     """The run in two tables: its numbers, and the sparsity of each layer."""
-    from rich.console import Console
     from rich.table import Table
 
     numbers = Table(title="Result", show_header=False)
@@ -140,10 +184,7 @@ def show_summary(summary: dict[str, Any], folder: Path, plot: Path | None) -> No
     layers = Table("layer", "sparsity", title="Sparsity by layer")
     for name, value in summary["sparsity_by_layer"].items():
         layers.add_row(name, f"{value:.4f}")
-    console = Console() if is_terminal() else Console(force_terminal=False, width=110)
-    console.print(numbers)
-    console.print(layers)
-    sys.stdout.flush()
+    print_tables(numbers, layers)
 
 
 def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tuple[str, str]]:

@@ -1,0 +1,133 @@
+"""What a run will do, before it does it: every schedule by round, and the bytes that clients will upload. No MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from feddip_mpi import codec, data, federation, masks
+from feddip_mpi.config import Config
+from feddip_mpi.report import terminal
+from feddip_mpi.schedules import METHODS_THAT_PRUNE, plan_round
+from feddip_mpi.vector import Layout
+
+Row = dict[str, Any]
+
+_SCREEN_ROWS = 18
+
+
+def make(config: Config) -> tuple[Layout, list[Row]]:
+    """The model's layout, and one row a round in JSON values.
+
+    `round` counts from 1. `sparsity` (share of zeros) and `kept` (weights) are those of the model after the round, as
+    a run records them. `regrow` is how many coordinates a client sends from outside the mask. `upload_bytes` (of all
+    participants), `total_bytes` (up to here) and `dense_bytes` (the same upload as float32) are what the run will
+    record: the length of a payload follows from its counts alone.
+
+    Raises:
+        InputError: model and data do not fit, or own data cannot be read.
+    """
+    shape, classes = data.shape_of(config.data, config.seed)
+    _, layout = federation.build_model(config, shape, classes)
+    return layout, rows(config, layout)
+
+
+def rows(config: Config, layout: Layout) -> list[Row]:
+    """See `make`."""
+    kept, total, out = first_kept(config, layout), 0, []
+    for t in range(config.rounds):
+        plan = plan_round(config, t)
+        # Clients encode with the mask as it was before the round; see rounds._encode and codec.encode.
+        regrow = 0 if plan.dense_upload else min(round(plan.regrow * kept), layout.prunable - kept)
+        in_mask = layout.prunable if plan.dense_upload else kept
+        other = layout.size - layout.prunable
+        payload = codec.upload_bytes(in_mask, regrow, other, config.upload.values)
+        upload = payload * config.participants
+        total += upload
+        if plan.update_mask:  # server.new_mask: a mask never grows in size
+            kept = min(kept, masks.kept_count(layout.prunable, plan.sparsity))
+        out.append(
+            {
+                "round": t + 1,
+                "sparsity": 1 - kept / layout.prunable if layout.prunable else 0.0,
+                "kept": kept,
+                "penalty": plan.penalty,
+                "learning_rate": plan.learning_rate,
+                "mask_update": plan.update_mask,
+                "regrow": regrow,
+                "upload_bytes": upload,
+                "total_bytes": total,
+                "dense_bytes": 4 * layout.size * config.participants,
+                "evaluate": plan.evaluate,
+                "checkpoint": plan.checkpoint,
+            }
+        )
+    return out
+
+
+def first_kept(config: Config, layout: Layout) -> int:
+    """Weights inside the first mask (`methods.initial_mask`)."""
+    if config.method not in METHODS_THAT_PRUNE or config.mask.initial == "none":
+        return layout.prunable
+    return masks.kept_count(layout.prunable, config.sparsity.initial)
+
+
+def show(config: Config, layout: Layout, plan: Sequence[Row], every: int | None = None) -> None:
+    """The plan as a table that fits a screen, and its totals.
+
+    Args:
+        every: show every n-th round; None: mask updates, as many as fit.
+    """
+    numbers = ("round ", "sparsity", "kept", "penalty", "rate", "regrow", "upload", "total")
+    shown = select(plan, every)
+    title = (
+        f"{config.method}: {config.model.name} on {config.data.name}, {layout.prunable:,} of {layout.size:,} values "
+        f"prunable;\n{len(shown)} of {len(plan)} rounds, * renews the mask"
+    )
+    table = terminal.table(*numbers, right=numbers)
+    for row in shown:
+        table.add_row(
+            f"{row['round']}{'*' if row['mask_update'] else ' '}",
+            f"{row['sparsity']:.4f}",
+            f"{row['kept']:,}",
+            f"{row['penalty']:.1e}",
+            f"{row['learning_rate']:.4f}",
+            f"{row['regrow']:,}" if row["regrow"] else "-",
+            terminal.size(row["upload_bytes"]),
+            terminal.size(row["total_bytes"]),
+        )
+    terminal.print_tables(title, table, summary(config, plan))
+
+
+def summary(config: Config, plan: Sequence[Row]) -> str:
+    """The totals, in a few lines."""
+    size = terminal.size
+    total, dense = plan[-1]["total_bytes"], sum(row["dense_bytes"] for row in plan)
+    updates = [row["round"] for row in plan if row["mask_update"]]
+    lines = [
+        f"{len(updates)} mask updates" + (f", the last in round {updates[-1]}" if updates else "")
+        + f"; final sparsity {plan[-1]['sparsity']:.6f}",
+        f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "
+        f"{size(total / len(plan) / config.participants)} each on average",
+        f"dense float32 would take {size(dense)}: {dense / max(1, total):.1f} times as much",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def select(plan: Sequence[Row], every: int | None = None, most: int = _SCREEN_ROWS) -> list[Row]:
+    """The rows worth showing: every n-th, or else the mask updates thinned to `most`; the first and the last always."""
+    if every is not None:
+        chosen = [row for row in plan if row["round"] % every == 0]
+    elif len(plan) <= most:
+        chosen = list(plan)
+    else:
+        chosen = _thinned([row for row in plan if row["mask_update"]] or list(plan), most - 2)
+    rounds = {plan[0]["round"], plan[-1]["round"], *(row["round"] for row in chosen)}
+    return [row for row in plan if row["round"] in rounds]
+
+
+def _thinned(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` rows, evenly spaced, first and last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
