@@ -25,7 +25,7 @@ _NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.glusterfs",
     "fuse.sshfs", "fuse.ceph", "panfs", "pvfs2", "orangefs", "wekafs", "afs", "9p", "virtiofs",
 }  # fmt: skip
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
@@ -118,7 +118,10 @@ def peak_memory(device: torch.device | None = None) -> tuple[int, int]:
 
 
 class StopFlag:
-    """Set by TERM, USR1 or USR2; the handler does nothing else. Ranks agree on it at the end of a round."""
+    """Set by TERM, USR1, USR2 or INT; the handler does nothing else. Ranks agree on it at the end of a round.
+
+    A second INT (Ctrl-C again) does not wait for that: it raises KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -129,6 +132,8 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
         self.requested = True
         self.name = signal.Signals(number).name
 
