@@ -11,11 +11,13 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from feddip_mpi.errors import InputError
 
@@ -27,6 +29,14 @@ def _on_off(value: Any) -> Any:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `rounds: yes` as one round.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, float | None):
+            raise PydanticCustomError("number", "input should be a number; YAML reads a bare on, off, yes and no as a switch")
+        return value
 
 
 class SyntheticConfig(_Section):
@@ -99,9 +109,9 @@ class PenaltyConfig(_Section):
 
     maximum: float = Field(1e-3, ge=0, le=1e3, description="lambda_max")
     steps: int = Field(20, ge=1, description="Q, number of equal steps from 0 to lambda_max")
-    schedule: Literal["steps", "published", "constant", "linear", "off"] = Field(
-        "steps", description="the shape of lambda_t; published: the published code's 20 segments from 5e-4"
-    )
+    schedule: typing.Annotated[
+        Literal["steps", "published", "constant", "linear", "off"], BeforeValidator(_on_off)
+    ] = Field("steps", description="the shape of lambda_t; published: the published code's 20 segments from 5e-4")
     norm: Literal["l2", "l2_squared", "l1"] = Field(
         "l2", description="the norm per tensor; the paper's is l2, not squared"
     )
@@ -311,6 +321,9 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
 
 def _describe(key: str, item: Any) -> str:
     if item["type"] == "extra_forbidden":
+        if key in keys() and "." in str(item["loc"][-1]):
+            section, _, name = key.rpartition(".")
+            return f"{key}: dots are for --set; in YAML write `{name}:` indented below `{section}:`"
         near = difflib.get_close_matches(key, list(keys()), n=1, cutoff=0.5)
         tail = [k for k in keys() if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         hint = (
@@ -328,16 +341,16 @@ def _shorten(value: Any) -> str:
 
 def _without(values: Mapping[str, Any], bad_keys: Mapping[str, str]) -> Config | None:
     """The configuration with defaults in place of the wrong keys, so that the other rules can still be checked."""
-    copy = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    copy = deepcopy(dict(values))
     for key in bad_keys:
-        parts = key.split(".")
         section: Any = copy
-        for part in parts[:-1]:
-            if not isinstance(section, dict) or not isinstance(section.get(part), dict):
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                last = parent  # an element of a list (data.synthetic.shape.1): the whole list goes
                 break
-            section = section[part]
-        else:
-            section.pop(parts[-1], None)
+            section = section[parent]
+        section.pop(key if key in section else last, None)
     try:
         return Config.model_validate(copy)
     except ValidationError:
