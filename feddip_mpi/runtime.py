@@ -29,14 +29,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
-    """How many ranks the launcher says it has started, and the variable that says so; (1, "") where none does."""
+    """How many ranks the launcher says it has started, and the variable that says so; (1, "") where none does.
+
+    mpirun and mpiexec come first: inside a Slurm step their ranks carry the variables of the daemon's own srun.
+    """
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if environment.get(name, "").isdigit():
             return int(environment[name]), name
-    by_launcher = any(name in environment for name in ("PMIX_RANK", "PMI_RANK"))
     in_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
     tasks = environment.get("SLURM_NTASKS") or environment.get("SLURM_NPROCS") or ""
-    return (int(tasks), "SLURM_NTASKS") if in_step and not by_launcher and tasks.isdigit() else (1, "")
+    return (int(tasks), "SLURM_NTASKS") if in_step and tasks.isdigit() else (1, "")
 
 
 def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None:
@@ -54,8 +56,8 @@ def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None
             "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH), or mpirun inside the allocation"
         )
     raise InputError(
-        f"the launcher started {launched} ranks ({variable}), but MPI sees 1: mpirun and the library that mpi4py loads "
-        "belong to different MPIs; `feddip-mpi doctor` names the library: use the mpirun or mpiexec beside it"
+        f"the launcher started {launched} ranks ({variable}), but MPI sees 1 rank: the launcher does not fit the MPI "
+        "library that mpi4py loads (`feddip-mpi doctor` names it); use the mpirun or mpiexec that belongs to it"
     )
 
 
