@@ -192,9 +192,14 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
     try:
         work(comm)
     except FeddipError as error:
-        # `Communicator.check` raised the same error everywhere: rank 0 speaks, every rank ends by itself.
-        if comm.rank == 0:
+        alone = not error.shared and comm.size > 1
+        if alone or comm.rank == 0:
             _complain(error)
+        if alone:  # the others know nothing of it and wait for this rank
+            print(f"rank {comm.rank} failed: ending all ranks", file=sys.stderr)
+            comm.abort(error.exit_code)
+        # Every rank ends by itself, but none before rank 0 has spoken: an exit code may end the job on the spot.
+        comm.barrier()
         comm.free()
         sys.exit(error.exit_code)
     except BaseException:

@@ -97,7 +97,9 @@ class Communicator:
         buffer = np.frombuffer(text, np.uint8).copy() if self.rank == culprit else np.empty(int(length[0]), np.uint8)
         self._handle.Bcast(buffer, root=culprit)
         name, message = json.loads(buffer.tobytes())
-        raise getattr(errors, name, FeddipError)(message)
+        shared = getattr(errors, name, FeddipError)(message)
+        shared.shared = True
+        raise shared
 
     def barrier(self) -> None:
         self._handle.Barrier()

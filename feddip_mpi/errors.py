@@ -2,9 +2,14 @@
 
 
 class FeddipError(Exception):
-    """Base class. The message names the thing, its value, what is allowed and the way out."""
+    """Base class. The message names the thing, its value, what is allowed and the way out.
+
+    Attributes:
+        shared: every rank raises this error together (`Communicator.check`), so each can end by itself.
+    """
 
     exit_code = 1
+    shared = False
 
 
 class InputError(FeddipError):

@@ -255,10 +255,11 @@ def compare_replicas(comm: Communicator, srv: Server) -> None:
     digests = comm.gather(np.array([float(digest_of(srv))]))[:, 0]
     drifted = np.flatnonzero(digests != digests[0])
     if drifted.size:
-        raise PeerError(
+        error = PeerError(
             f"round {srv.round}: rank {', '.join(map(str, drifted))} holds other weights than rank 0: the ranks compute "
             "differently (mixed CPU or GPU types, or thread counts?); resume from the last checkpoint on equal nodes"
         )
+        comm.check(error)
 
 
 def digest_of(srv: Server) -> int:

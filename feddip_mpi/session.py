@@ -123,15 +123,17 @@ def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
                 "least that"
             )
         loaded.append(found)
-        return [config.to_dict(settings), refused, found.server.round]
+        # Rank 0 looks for all: file systems show a file to some nodes sooner than to others.
+        complete = found.server.round >= settings.rounds and folder.finished.exists()
+        return [config.to_dict(settings), refused, found.server.round, complete]
 
-    values, refused, done = on_root(comm, read)
+    values, refused, done, complete = on_root(comm, read)
     settings = config.validate(values)
     if comm.rank == 0:
         _open_log(comm, folder, f"resume after round {done} from {loaded[0].path.name}: {comm.size} ranks")
         for reason in refused:
             log.warning("refused a checkpoint: %s", reason)
-    if done >= settings.rounds and folder.finished.exists():
+    if complete:
         if comm.rank == 0:
             terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
         return
@@ -236,9 +238,8 @@ def _play(built: Federation, folder: RunFolder, state: State, history: list[Reco
         if sink is not None:
             sink.close()
     if stopped:
-        raise Stopped(
-            f"stopped by a signal after round {state.server.round}; `feddip-mpi resume {folder.path}` goes on from there"
-        )
+        message = f"stopped by a signal after round {state.server.round}; `feddip-mpi resume {folder.path}` goes on"
+        comm.check(Stopped(message))
     _finish(built, folder, state, history)
 
 
