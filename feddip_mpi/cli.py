@@ -147,6 +147,7 @@ def plan(config: str, overrides: tuple[str, ...], plot: str | None, every: int |
         planning.show(settings, layout, rows, every)
     if plot:
         plots.plan_figure(rows, plot)
+        terminal.note(f"drawn: {plot}")
 
 
 @cli.command()
@@ -156,7 +157,7 @@ def plan(config: str, overrides: tuple[str, ...], plot: str | None, every: int |
 def data(config: str | None, overrides: tuple[str, ...], plot: str | None) -> None:
     """Show the data found and, with CONFIG, its partition."""
     from feddip_mpi import config as configs
-    from feddip_mpi.report import datasets, plots
+    from feddip_mpi.report import datasets, plots, terminal
 
     settings = configs.load(config, overrides) if config else configs.parse("", overrides)
     if plot and not config:
@@ -167,6 +168,7 @@ def data(config: str | None, overrides: tuple[str, ...], plot: str | None) -> No
         datasets.show_partition(settings, dataset, histogram)
         if plot:
             plots.partition_figure(histogram, dataset.class_names, plot)
+            terminal.note(f"drawn: {plot}")
 
 
 @cli.command()
@@ -202,6 +204,9 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
         comm.barrier()
         comm.free()
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint is untouched", file=sys.stderr)
+        comm.abort(130)
     except BaseException:
         traceback.print_exc()
         print(f"rank {comm.rank} failed: ending all ranks", file=sys.stderr)

@@ -105,7 +105,7 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
     total, dense = plan[-1]["total_bytes"], sum(row["dense_bytes"] for row in plan)
     updates = [row["round"] for row in plan if row["mask_update"]]
     lines = [
-        f"{len(updates)} mask updates" + (f", the last in round {updates[-1]}" if updates else "")
+        f"{len(updates)} mask update{'s' * (len(updates) != 1)}" + (f", the last in round {updates[-1]}" if updates else "")
         + f"; final sparsity {plan[-1]['sparsity']:.6f}",
         f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "
         f"{size(total / len(plan) / config.participants)} each on average",

@@ -141,10 +141,15 @@ def print_json(value: Any) -> None:
     say(json.dumps(without_nan(value), indent=2, allow_nan=False))
 
 
+def note(text: str) -> None:
+    """A line on stderr, so that stdout stays what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def warn_refused(reasons: Sequence[str]) -> None:
-    """Say on stderr why newer checkpoints were passed over."""
+    """Say why newer checkpoints were passed over."""
     for reason in reasons:
-        print(f"refused a checkpoint: {reason}", file=sys.stderr, flush=True)
+        note(f"refused a checkpoint: {reason}")
 
 
 def print_tables(*parts: Any) -> None:

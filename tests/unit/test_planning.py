@@ -1,0 +1,78 @@
+"""The plan: counts by hand, short runs, the choice of rows. That it equals a real run is in tests/e2e."""
+
+import pytest
+
+from feddip_mpi import config, masks
+from feddip_mpi.errors import InputError
+from feddip_mpi.report import planning
+
+BASE = "{rounds: 12, clients: 4, participants: 2, mask: {every: 3, freeze_after: 1.0}, data: {name: synthetic}}"
+
+
+def plan(*overrides: str) -> tuple[config.Config, int, int, list[planning.Row]]:
+    settings = config.parse(BASE, overrides)
+    layout, rows = planning.make(settings)
+    return settings, layout.prunable, layout.size - layout.prunable, rows
+
+
+def test_rows_by_hand() -> None:
+    _, prunable, other, rows = plan("upload.regrow=0", "sparsity.schedule=linear")
+    assert [row["round"] for row in rows] == list(range(1, 13))
+    assert [row["round"] for row in rows if row["mask_update"]] == [3, 6, 9, 12]
+    asked = [0.5 + 0.4 * finished / 12 for finished in (3, 6, 9, 12)]
+    kept = [masks.kept_count(prunable, s) for s in (0.5, *asked)]
+    assert [row["kept"] for row in rows] == [kept[(t + 1) // 3] for t in range(12)]
+    # A round is sent with the mask that it began with; the frame has a fixed length.
+    frame = rows[0]["upload_bytes"] // 2 - 4 * (kept[0] + other)
+    assert 0 < frame < 100
+    assert [row["upload_bytes"] for row in rows] == [2 * (frame + 4 * (kept[t // 3] + other)) for t in range(12)]
+    assert rows[-1]["total_bytes"] == sum(row["upload_bytes"] for row in rows)
+    assert {row["dense_bytes"] for row in rows} == {2 * 4 * (prunable + other)}
+    assert rows[-1]["sparsity"] == pytest.approx(0.9, abs=1e-5)
+
+
+def test_dense_until_the_first_update() -> None:
+    _, prunable, _, rows = plan("mask.initial=none")
+    assert [row["kept"] for row in rows[:2]] == [prunable] * 2
+    assert rows[1]["regrow"] == rows[0]["regrow"] == 0
+    assert rows[2]["kept"] < prunable
+
+
+def test_a_method_without_a_mask_keeps_everything() -> None:
+    _, prunable, _, rows = plan("method=fedavg")
+    assert {row["kept"] for row in rows} == {prunable}
+    assert not any(row["mask_update"] for row in rows)
+    assert {row["sparsity"] for row in rows} == {0.0}
+
+
+def test_one_round() -> None:
+    settings, _, _, rows = plan("rounds=1")
+    assert len(rows) == 1 and rows[0]["mask_update"]
+    assert "1 mask update" in planning.summary(settings, rows)
+    assert planning.select(rows) == rows
+
+
+def test_own_data_is_read_for_its_shape(tmp_path) -> None:
+    with pytest.raises(InputError, match="no such file|cannot be read"):
+        plan("data.name=npz", f"data.path={tmp_path / 'missing.npz'}")
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist"])
+def test_public_data_need_not_be_there(name: str, tmp_path) -> None:
+    settings, _, _, rows = plan(f"data.name={name}", f"data.path={tmp_path}")
+    assert len(rows) == settings.rounds
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 17, 18, 19, 1000])
+@pytest.mark.parametrize("every", [1, 7, 2000])
+def test_rows_fit_a_screen(rounds: int, every: int) -> None:
+    rows = [{"round": t + 1, "mask_update": (t + 1) % every == 0} for t in range(rounds)]
+    chosen = planning.select(rows)
+    assert len(chosen) <= 18
+    assert chosen[0] is rows[0] and chosen[-1] is rows[-1]
+    assert [row["round"] for row in chosen] == sorted({row["round"] for row in chosen})
+
+
+def test_every_nth_row() -> None:
+    rows = [{"round": t + 1, "mask_update": False} for t in range(20)]
+    assert [row["round"] for row in planning.select(rows, 5)] == [1, 5, 10, 15, 20]
