@@ -35,7 +35,9 @@ class _Section(BaseModel):
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would read `rounds: yes` as one round.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, float | None):
-            raise PydanticCustomError("number", "input should be a number; YAML reads a bare on, off, yes and no as a switch")
+            raise PydanticCustomError(
+                "number", "input should be a number; YAML reads a bare on, off, yes and no as a switch"
+            )
         return value
 
 
@@ -109,9 +111,9 @@ class PenaltyConfig(_Section):
 
     maximum: float = Field(1e-3, ge=0, le=1e3, description="lambda_max")
     steps: int = Field(20, ge=1, description="Q, number of equal steps from 0 to lambda_max")
-    schedule: typing.Annotated[
-        Literal["steps", "published", "constant", "linear", "off"], BeforeValidator(_on_off)
-    ] = Field("steps", description="the shape of lambda_t; published: the published code's 20 segments from 5e-4")
+    schedule: typing.Annotated[Literal["steps", "published", "constant", "linear", "off"], BeforeValidator(_on_off)] = (
+        Field("steps", description="the shape of lambda_t; published: the published code's 20 segments from 5e-4")
+    )
     norm: Literal["l2", "l2_squared", "l1"] = Field(
         "l2", description="the norm per tensor; the paper's is l2, not squared"
     )
