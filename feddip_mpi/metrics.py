@@ -117,9 +117,10 @@ def _numbers(value: Any) -> Any:
 def _value(kind: str, cell: Any, layers: Sequence[str]) -> Any:
     if kind in ("ints", "floats", "layers"):
         items = [_scalar("int" if kind == "ints" else "float", x) for x in cell]
-        if kind == "layers":
+        measured = any(x is not None for x in items)
+        if kind == "layers" and (measured or not layers):
             return dict(zip(layers, items, strict=True))
-        return items if any(x is not None for x in items) else None
+        return items if measured else None
     return _scalar(kind, cell)
 
 
