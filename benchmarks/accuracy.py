@@ -19,18 +19,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SETTING = ["clients=50", "participants=5", "local_epochs=5", "batch_size=128", "eval.every=1", "checkpoint.every=50"]
+# Evaluated every second round, so "the last 5" are rounds 92, 94, .. 100.
+SETTING = ["clients=50", "participants=5", "local_epochs=5", "batch_size=128", "eval.every=2", "checkpoint.every=50"]
 SEEDS = (1, 2, 3)
 INT4 = ["upload.values=int4"]
 
 # name: overrides on top of the program's defaults and SETTING
 MAIN = {
     "fedavg": ["method=fedavg", "upload.values=fp32"],
-    **{f"feddip-{s}": [f"sparsity.final={s}"] for s in ("0.9", "0.95", "0.98")},
+    **{f"feddip-{s}": [f"sparsity.final={s}", *INT4] for s in ("0.9", "0.95", "0.98")},
 }
-_AT_095 = ["sparsity.final=0.95"]
+_AT_095 = ["sparsity.final=0.95", *INT4]
 ABLATION = {
     "default": _AT_095,
+    "initial mask ERK at 0.5": [*_AT_095, "mask.initial=erk"],
+    "initial mask ERK, in-mask only, memory off": [
+        *_AT_095, "mask.initial=erk", "server_memory=off", "upload.regrow=0", "upload.residual=in_mask_only",
+    ],
     "in-mask only, memory off": [*_AT_095, "server_memory=off", "upload.regrow=0", "upload.residual=in_mask_only"],
     "in-mask only, memory on": [*_AT_095, "upload.regrow=0", "upload.residual=in_mask_only"],
     "no freeze": [*_AT_095, "mask.freeze_after=1.0"],
@@ -40,13 +45,13 @@ ABLATION = {
     "residual dropped": [*_AT_095, "upload.residual=drop"],
     "residual decays 0.9": [*_AT_095, "upload.residual=decay"],
     "fp32 values": [*_AT_095, "upload.values=fp32"],
-    "int4 values": [*_AT_095, "upload.values=int4"],
+    "int8 values": [*_AT_095, "upload.values=int8"],
     "no penalty": [*_AT_095, "penalty.schedule=off"],
     "no feedback": [*_AT_095, "feedback=off"],
     "dense upload": [*_AT_095, "upload.mode=dense", "upload.values=fp32"],
     "published rule": [
         *_AT_095, "server_memory=published", "upload.mode=dense", "upload.values=fp32", "penalty.schedule=published",
-        "mask.freeze_after=1.0",
+        "mask.freeze_after=1.0", "mask.initial=erk",
     ],
 }  # fmt: skip
 GRIDS = {"main": (MAIN, SEEDS), "ablation": (ABLATION, (1, 2))}

@@ -99,7 +99,7 @@ class MaskConfig(_Section):
 
     every: int = Field(5, ge=1, description="R, rounds between mask updates")
     initial: Literal["erk", "uniform", "magnitude", "snip", "none"] = Field(
-        "erk", description="the rule of the first mask; none: dense until the first update"
+        "none", description="the rule of the first mask; none: dense until the first update; the paper's is erk"
     )
     freeze_after: float = Field(
         0.75, gt=0, le=1, description="share of the rounds after which the mask stays fixed (s_t reaches s_p by then)"
