@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,11 @@ class Job:
     """A started job. Use it as a context manager: leaving it ends and removes everything that is left."""
 
     def __init__(
-        self, argv: Sequence[str], ranks: int | None = None, library: str = "default", extra: dict[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        ranks: int | None = None,
+        library: str = "default",
+        extra: dict[str, str] | None = None,
     ) -> None:
         """Start `python argv` on `ranks` ranks; None: a plain process without a launcher.
 
@@ -110,10 +115,10 @@ class Job:
                 return
         raise AssertionError(f"rank {rank} is not running:\n{self.text}")
 
-    def wait_until(self, happened: object, seconds: float = 120) -> None:
-        """Poll the callable `happened`; fails if the job ends first or the time is over."""
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
+        """Poll `happened`; fails if the job ends first or the time is over."""
         deadline = time.monotonic() + seconds
-        while not happened():  # type: ignore[operator]
+        while not happened():
             assert self.process.poll() is None, f"ended with {self.process.returncode} before it could:\n{self.text}"
             assert time.monotonic() < deadline, f"did not happen within {seconds} s:\n{self.text}"
             time.sleep(0.02)
@@ -225,7 +230,5 @@ def _environment(pid: int) -> list[str]:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass

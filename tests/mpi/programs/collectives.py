@@ -51,7 +51,9 @@ def check_check(comm: Communicator) -> None:
     last = comm.size - 1
     for kind in (InputError, PeerError, NumericalError, DamagedFileError, FeddipError):
         for culprit in {0, last}:
-            _raises(comm, kind(f"rank {comm.rank} says λ") if comm.rank == culprit else None, kind, f"rank {culprit} says λ")
+            _raises(
+                comm, kind(f"rank {comm.rank} says λ") if comm.rank == culprit else None, kind, f"rank {culprit} says λ"
+            )
     # All ranks have one: that of the lowest is told, on all ranks.
     mine: FeddipError = PeerError("first") if comm.rank == 0 else InputError(f"from {comm.rank}")
     _raises(comm, mine, PeerError, "first")

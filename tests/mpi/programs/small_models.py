@@ -1,0 +1,97 @@
+"""Networks of a few hundred weights, by import path; some break on request, to see how a run ends.
+
+FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training forward (or decode):
+    raise   the forward raises RuntimeError
+    nan     the forward returns NaN
+    exit    the forward calls sys.exit(0)
+    decode  decoding a payload raises PeerError
+    save    (rank and call count as for decode) writing a checkpoint raises OSError
+FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feddip_mpi import checkpoint, codec
+from feddip_mpi.errors import PeerError
+
+
+class Normalised(nn.Module):
+    """Convolutions with batch norm, whose statistics have to travel and to be averaged."""
+
+    def __init__(self, in_channels: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+        )  # fmt: skip
+        self.head = nn.Linear(48, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images).flatten(1))
+
+
+def normalised(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
+    return Normalised(in_channels, classes)
+
+
+class Fragile(nn.Module):
+    """A linear classifier that does what FEDDIP_TEST_FAULT and FEDDIP_TEST_SLEEP say."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, 16), nn.Linear(16, classes)
+        self.calls = 0
+        self.pause = float(os.environ.get("FEDDIP_TEST_SLEEP", "0"))
+        self.kind, self.call = _fault()
+        if self.kind == "decode":
+            codec.decode = _failing(codec.decode, self.call, PeerError("a frame that this test broke"))
+        if self.kind == "save":
+            checkpoint.hdf5.write = _failing(checkpoint.hdf5.write, self.call, OSError(28, "No space left on device"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.second(torch.relu(self.first(images.flatten(1))))
+        if not self.training:
+            return logits
+        time.sleep(self.pause)
+        self.calls += 1
+        if self.calls == self.call:
+            if self.kind == "raise":
+                raise RuntimeError("this test's model breaks")
+            if self.kind == "exit":
+                sys.exit(0)
+            if self.kind == "nan":
+                return logits * float("nan")
+        return logits
+
+
+def fragile(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
+    return Fragile(in_channels * image_size[0] * image_size[1], classes)
+
+
+def _fault() -> tuple[str, int]:
+    """The kind of fault and the call that has it; ("", 0) on ranks without one."""
+    kind, _, rest = os.environ.get("FEDDIP_TEST_FAULT", "::").partition(":")
+    rank, _, call = rest.partition(":")
+    own = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
+    return (kind, int(call)) if kind and rank == own else ("", 0)
+
+
+def _failing(function: Any, call: int, error: Exception) -> Any:
+    calls = 0
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return function(*arguments, **named)
+
+    return wrapped

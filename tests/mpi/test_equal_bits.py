@@ -1,0 +1,81 @@
+"""One rank with eight clients, two with four, four with two, either MPI library: the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+pytestmark = pytest.mark.mpi
+
+NORMALISED = {"model__name": "small_models:normalised", "data__synthetic__shape": [3, 8, 8]}
+# One run each; between them every way in which ranks could matter.
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "int4": {"upload__values": "int4", "upload__rounding": "stochastic", "upload__regrow_rounds": "all"},
+    "batch norm": {**NORMALISED, "data__augment": "standard"},
+    "dirichlet": {"data__partition": "dirichlet", "data__alpha": 0.3, "eval__clients": True, "eval__every": 2},
+    "snip": {"mask__initial": "snip", "server_memory": "off", "upload__residual": "in_mask_only", "participants": 3,
+             "upload__values": "bf16"},
+    "published": {"server_memory": "published", "upload__residual": "decay", "participants": 8, "rounds": 4},
+    "one client": {**NORMALISED, "participants": 1, "upload__values": "bf16", "feedback": False},
+    "quantity": {"data__partition": "quantity", "upload__mode": "dense_at_mask_updates", "upload__values": "int8"},
+    "fedavg": {"method": "fedavg", "upload__values": "fp16"},
+    "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological"},
+}  # fmt: skip
+LAYOUTS = {"1": (1, "default"), "2": (2, "default"), "4": (4, "default"), "mpich": (2, "mpich")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of all cases by layout, filled when a test asks."""
+    return {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
+
+
+def train_all(trained: dict[str, Path], layout: str) -> Path:
+    """All cases in one launch; once per layout."""
+    folder = trained[layout]
+    if not (folder / "results").exists():
+        config = folder / "empty.yaml"
+        config.write_text("")
+        steps = [{"argv": runs.train(config, folder / name, **changes)} for name, changes in CASES.items()]
+        ranks, library = LAYOUTS[layout]
+        for name, reports in zip(CASES, runs.play(steps, folder, ranks, library), strict=True):
+            assert [r["code"] for r in reports] == [0] * ranks, (name, reports)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["2", "4", "mpich"])
+def test_ranks_and_library_change_no_bit(trained: dict[str, Path], layout: str) -> None:
+    one, other = train_all(trained, "1"), train_all(trained, layout)
+    for name in CASES:
+        runs.assert_equal(one / name, other / name)
+
+
+def test_the_runs_are_worth_comparing(trained: dict[str, Path]) -> None:
+    """Otherwise equality would say nothing: something is learnt, masks move, residuals exist, cases differ."""
+    folder = train_all(trained, "1")
+    found = {name: runs.contents(runs.newest(folder / name)) for name in CASES}
+    for name, content in found.items():
+        # FedProx sends everything as float32: nothing is left to remember.
+        assert any(key.startswith("clients/") for key in content) == (name != "fedprox"), name
+    learnt = runs.lines(folder / "batch norm")
+    assert learnt[-1]["train_loss"] < 0.9 * learnt[0]["train_loss"]
+    assert sum(line["mask_grown"] for line in runs.lines(folder / "default")) > 0
+    assert len({repr(sorted(content.items())) for content in found.values()}) == len(CASES)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_bytes_on_the_wire_are_the_payloads_and_their_lengths(trained: dict[str, Path], layout: str) -> None:
+    folder = train_all(trained, layout)
+    ranks = LAYOUTS[layout][0]
+    for name in CASES:
+        for line in runs.lines(folder / name):
+            # wire_bytes is counted at the buffers handed to MPI, upload_bytes from the frames that were decoded.
+            assert line["wire_bytes"] == line["upload_bytes"] + 8 * len(line["participants"]), name
+            assert line["received_bytes"] == (ranks - 1) * line["wire_bytes"], name
+            assert line["ranks"] == ranks
+            if ranks == 1:
+                assert line["residual_bytes"] == 0

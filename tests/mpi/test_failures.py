@@ -1,0 +1,146 @@
+"""Failure is designed: it ends all ranks soon, with its exit code, one message, and nothing lost."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import launch
+import numpy as np
+import pytest
+import runs
+
+pytestmark = pytest.mark.mpi
+
+FRAGILE = {"model__name": "small_models:fragile", "checkpoint__every": 1, "checkpoint__keep": 9}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    return path
+
+
+def fail(
+    config: Path, run: Path, fault: str, ranks: int | None = 2, library: str = "default", **changes: Any
+) -> launch.Result:
+    """Train with a fault (see small_models.py); whatever happens, the job ends soon and leaves no process."""
+    argv = [*launch.FEDDIP, *runs.train(config, run, **FRAGILE, **changes)]
+    done = launch.run(argv, ranks, library, 60, {"FEDDIP_TEST_FAULT": fault})
+    assert done.orphans == 0
+    assert not (run / "finished.json").exists()
+    return done
+
+
+@pytest.mark.parametrize(("library", "ranks"), [("default", 2), ("default", 4), ("mpich", 2)])
+def test_exception_on_one_rank_ends_all(config: Path, tmp_path: Path, library: str, ranks: int) -> None:
+    done = fail(config, tmp_path / "run", f"raise:{ranks - 1}:9", ranks, library)
+    assert done.code not in (0, 2, 3, 4, 5, 75), done.text
+    assert "RuntimeError: this test's model breaks" in done.text
+    assert f"rank {ranks - 1} failed" in done.text
+
+
+def test_error_of_one_rank_alone_ends_all(config: Path, tmp_path: Path) -> None:
+    """A payload that one rank cannot decode: the others know nothing of it and wait for that rank."""
+    done = fail(config, tmp_path / "run", "decode:1:6").expect(5)
+    assert done.text.count("a frame that this test broke") == 1, done.text
+
+
+def test_early_exit_of_one_rank_is_a_failure(config: Path, tmp_path: Path) -> None:
+    """A model that calls sys.exit(0) would leave the others waiting for ever."""
+    assert fail(config, tmp_path / "run", "exit:1:9").code not in (0, 75)
+
+
+def test_failed_save_ends_all_and_keeps_what_was_saved(config: Path, tmp_path: Path) -> None:
+    done = fail(config, tmp_path / "run", "save:0:3")
+    assert done.code not in (0, 75)
+    assert done.text.count("No space left on device") == 1 and "round-000003.h5" in done.text, done.text
+    assert saved_rounds(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_nan_stops_all_and_says_where(config: Path, tmp_path: Path, ranks: int | None) -> None:
+    # Every client takes 4 steps a round; rank 1 has 2 of the 4 participants, a plain process all.
+    last = 0 if ranks is None else 1
+    call = 2 * 16 + 1 if ranks is None else 2 * 8 + 1
+    done = fail(config, tmp_path / "run", f"nan:{last}:{call}", ranks).expect(4)
+    told = re.findall(r"client (\d+) \(rank (\d+)\) diverged in round (\d+)", done.text)
+    assert len(told) == 1, done.text
+    client, rank, round = map(int, told[0])
+    assert (rank, round) == (last, 3) and 0 <= client < 8
+    assert saved_rounds(tmp_path / "run") == [1, 2]
+
+
+def saved_rounds(run: Path) -> list[int]:
+    """Rounds of all checkpoints, each verified."""
+    from feddip_mpi import checkpoint
+
+    paths = checkpoint.listed(run / "checkpoints")
+    for path in paths:
+        assert checkpoint.verify(path)[0] > 0
+    return [int(path.stem.split("-")[1]) for path in paths]
+
+
+def test_wrong_input_ends_with_code_2_through_the_launcher(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = [*launch.FEDDIP, *runs.train(config, run), "--set", "lerning_rate=1"]
+    done = launch.run(argv, 2, seconds=60).expect(2)
+    assert done.text.count("lerning_rate") == 1 and "did you mean 'learning_rate'" in done.text
+    assert not run.exists()
+
+
+def test_wrong_input_and_drift_are_told_once_and_change_nothing(config: Path, tmp_path: Path) -> None:
+    """In one launch of two ranks: each wrong command, its code on both ranks, its one message, the folders after it."""
+    images, labels = np.arange(40 * 144, dtype=np.uint32).astype(np.uint8), np.arange(40) % 4
+    for name, first in (("data", 0), ("other", 1)):
+        pixels = images.reshape(40, 1, 12, 12).copy()
+        pixels[0, 0, 0, 0] = first
+        np.savez(
+            tmp_path / f"{name}.npz", train_images=pixels, train_labels=labels, test_images=pixels, test_labels=labels
+        )
+    (tmp_path / "void").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    (tmp_path / "no checkpoint" / "checkpoints").mkdir(parents=True)
+    own = {"data__name": "npz", "data__path": str(tmp_path / "data.npz"), "participants": 2, "rounds": 2}
+    ran, drifted = tmp_path / "ran", tmp_path / "drifted"
+    missing = {"data__name": "fashion-mnist", "data__path": str(tmp_path / "nowhere")}
+
+    # (command, exit code, what the message names)
+    table: list[tuple[dict[str, Any], int, list[str]]] = [
+        ({"argv": runs.train(config, tmp_path / "a", participants=9)}, 2, ["participants", "9", "8"]),
+        ({"argv": runs.train(config, tmp_path / "b", sparsity__final=1.5, rounds=0)}, 2, ["sparsity.final", "rounds"]),
+        ({"argv": runs.train(config.with_name("none.yaml"), tmp_path / "c")}, 2, ["none.yaml"]),
+        ({"argv": runs.train(config, tmp_path / "taken")}, 2, ["taken", "never overwritten"]),
+        ({"argv": runs.train(config, tmp_path / "d", **missing)}, 2, ["nowhere"]),
+        ({"argv": runs.train(config, tmp_path / "e", model__name="alexnet")}, 2, ["alexnet", "12x12"]),
+        ({"argv": runs.train(config, tmp_path / "f", model__name="small_models:absent")}, 2, ["absent"]),
+        ({"argv": runs.train(config, config / "g")}, 2, [str(config / "g")]),
+        ({"argv": ["resume", str(tmp_path / "void")]}, 2, ["void", "no checkpoint"]),
+        ({"argv": ["resume", str(tmp_path / "no checkpoint")]}, 2, ["no checkpoint"]),
+        ({"argv": ["resume", str(tmp_path / "nothing")]}, 2, ["nothing", "no such run folder"]),
+        ({"argv": ["train", str(config), "--colour", "red"]}, 2, ["--colour"]),
+        ({"argv": runs.train(config, ran, **own)}, 0, []),
+        ({"argv": runs.train(config, ran, **own)}, 2, ["ran", "never overwritten"]),
+        ({"argv": ["resume", str(ran), "--set", "rounds=4", "--set", f"data.path={tmp_path / 'other.npz'}"]}, 2,
+         ["other.npz", "set data.path to the data of the run"]),
+        ({"argv": ["resume", str(ran), "--set", "rounds=3"]}, 0, []),
+        ({"argv": runs.train(config, drifted, checkpoint__every=9), "drift": 1}, 5, ["rank 1", "round 5"]),
+    ]  # fmt: skip
+    commands = [command for command, _, _ in table]
+    for (command, code, names), ranks in zip(table, runs.play(commands, tmp_path / "steps", 2), strict=True):
+        assert [report["code"] for report in ranks] == [code] * 2, (command, ranks)
+        if code:
+            spoken = [report["err"] for report in ranks]
+            said = "".join(line for line in spoken[0].splitlines(keepends=True) if "no plot" not in line)
+            assert all(name in said for name in names), (command, said)
+            assert said.count("rror: ") == 1 and "Traceback" not in said, said
+            if "--colour" not in command["argv"]:  # found before MPI starts: each process speaks for itself
+                assert spoken[1] == "", spoken[1]
+    assert [path.name for path in tmp_path.iterdir() if len(path.name) == 1] == []
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+    assert list((tmp_path / "void").iterdir()) == []
+    assert saved_rounds(ran) == [2, 3]
+    assert saved_rounds(drifted) == [], "a replica that drifted is not saved"

@@ -1,0 +1,187 @@
+"""Stopped and resumed is never stopped, to the bit: by signals, by a crash, from a damaged file, on other ranks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import launch
+import pytest
+import runs
+
+pytestmark = pytest.mark.mpi
+
+# Long enough for signals to hit it.
+LONG = {"model__name": "small_models:fragile", "rounds": 30, "checkpoint__every": 3, "checkpoint__best": False}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "empty.yaml"
+    path.write_text("")
+    return path
+
+
+@pytest.fixture(scope="module")
+def never_stopped(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run LONG on one rank, from its first round to its last."""
+    run = tmp_path_factory.mktemp("never") / "stopped"
+    launch.run([*launch.FEDDIP, *runs.train(config, run, **LONG)]).expect(0)
+    assert (run / "finished.json").exists()
+    return run
+
+
+def slowly(ranks: int | None) -> dict[str, str]:
+    """A round lasts 0.3 seconds on any number of ranks: 16 local steps that the ranks share."""
+    return {"FEDDIP_TEST_SLEEP": str(0.02 * (ranks or 1))}
+
+
+def stop(argv: list[str], run: Path, number: signal.Signals, ranks: int | None, library: str = "default") -> int:
+    """Start a command, send the signal after two more rounds; returns the round that it says it stopped after."""
+    before = len(runs.lines(run))
+    with launch.Job([*launch.FEDDIP, *argv], ranks, library, slowly(ranks)) as job:
+        job.wait_until(lambda: _advanced(run, before))
+        job.send(number)
+        done = job.wait(60).expect(75)
+    stopped = re.findall(r"^stopped: .*after round (\d+)", done.text, re.MULTILINE)
+    assert len(stopped) == 1, done.text
+    assert done.orphans == 0 and not (run / "finished.json").exists()
+    assert runs.newest(run).name == f"round-{int(stopped[0]):06d}.h5"
+    return int(stopped[0])
+
+
+def _advanced(run: Path, before: int) -> bool:
+    # A resume begins by cutting metrics.jsonl back to its checkpoint: here that loses no line, as the last round was saved.
+    return len(runs.lines(run)) >= before + 2
+
+
+def test_signals_stop_after_saving_and_any_number_of_ranks_goes_on(
+    config: Path, never_stopped: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    rounds = [
+        stop(runs.train(config, run, **LONG), run, signal.SIGUSR1, 2),
+        stop(["resume", str(run)], run, signal.SIGUSR2, 4),
+        stop(["resume", str(run)], run, signal.SIGTERM, None),
+        stop(["resume", str(run)], run, signal.SIGUSR2, None),
+    ]
+    assert rounds == sorted(set(rounds)), "each resume went on from where the last one stopped"
+    launch.run([*launch.FEDDIP, "resume", str(run)], 2).expect(0)
+    runs.assert_equal(never_stopped, run)
+    assert [line["round"] for line in runs.lines(run)] == list(range(1, 31))
+
+
+def test_mpich_stops_and_open_mpi_goes_on(config: Path, never_stopped: Path, tmp_path: Path) -> None:
+    launch.require("mpich")
+    run = tmp_path / "run"
+    stop(runs.train(config, run, **LONG), run, signal.SIGUSR1, 2, "mpich")
+    launch.run([*launch.FEDDIP, "resume", str(run)], 2).expect(0)
+    runs.assert_equal(never_stopped, run)
+
+
+def test_killed_rank_ends_the_job_and_the_last_checkpoint_is_good(
+    config: Path, never_stopped: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with launch.Job([*launch.FEDDIP, *runs.train(config, run, **LONG)], 2, extra=slowly(2)) as job:
+        job.wait_until(lambda: len(runs.lines(run)) >= 7)
+        job.kill_rank(1)
+        done = job.wait(30)
+    assert done.code not in (0, 75) and done.orphans == 0, done.text
+    assert not (run / "finished.json").exists()
+    # What a power cut leaves: a line of metrics cut in the middle, a checkpoint never renamed.
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"round": 8, "partici')
+    leftover = run / "checkpoints" / ".round-000009.h5.tmp-123"
+    leftover.write_bytes(b"half")
+    done = launch.run([*launch.FEDDIP, "resume", str(run)]).expect(0)
+    runs.assert_equal(never_stopped, run)
+    assert [line["round"] for line in runs.lines(run)] == list(range(1, 31))
+    assert not leftover.exists()
+
+
+def test_damaged_checkpoint_is_refused_and_the_one_before_taken(never_stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(never_stopped, run)
+    newest = runs.newest(run)
+    damage(newest)
+    done = launch.run([*launch.FEDDIP, "resume", str(run)], 2).expect(0)
+    refusals = [line for line in done.text.splitlines() if "refused" in line]
+    assert len(refusals) == 1 and str(newest) in refusals[0] and "does not match its checksum" in refusals[0], done.text
+    assert "from round-000027.h5" in (run / "run.log").read_text()
+    runs.assert_equal(never_stopped, run)
+
+
+def test_nothing_good_left_is_said(never_stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(never_stopped, run)
+    paths = sorted((run / "checkpoints").iterdir())
+    for path in paths:
+        damage(path)
+    done = launch.run([*launch.FEDDIP, "resume", str(run)]).expect(3)
+    assert all(done.text.count(str(path)) == 1 for path in paths), done.text
+    assert sorted((run / "checkpoints").iterdir()) == paths
+
+
+def damage(path: Path) -> None:
+    """One bit in the middle of the array of the first layer's weights."""
+    raw = bytearray(path.read_bytes())
+    raw[_place_of_weights(path)] ^= 1
+    path.write_bytes(raw)
+
+
+def _place_of_weights(path: Path) -> int:
+    import h5py
+
+    with h5py.File(path) as file:
+        dataset = file["model/parameters/first.weight"]
+        return int(dataset.id.get_offset()) + dataset.nbytes // 2
+
+
+def test_every_round_can_be_the_last_before_a_stop(config: Path, tmp_path: Path) -> None:
+    """In one launch: stop after round 1, 2, 3, 4, each then resumed; all of them in a row; and more rounds than asked."""
+    changes = {
+        "upload__values": "int4",
+        "upload__rounding": "stochastic",
+        "upload__residual": "decay",
+        "mask__every": 2,
+    }
+    commands = [{"argv": runs.train(config, tmp_path / "whole", **changes)}]
+    codes = [0]
+    for last in range(1, 5):
+        run = tmp_path / f"stopped-{last}"
+        commands += [
+            {"argv": runs.train(config, run, **changes), "stop_after": last},
+            {"argv": ["resume", str(run)]},
+        ]
+        codes += [75, 0]
+    often = tmp_path / "often"
+    commands.append({"argv": runs.train(config, often, **changes), "stop_after": 1})
+    commands += [{"argv": ["resume", str(often)], "stop_after": last} for last in (2, 3, 4)]
+    # A signal in the last round is no stop: the run is complete.
+    commands.append({"argv": ["resume", str(often)], "stop_after": 5})
+    codes += [75] * 4 + [0]
+    # FedAvg's schedules do not look at the number of rounds: 3 + 2 rounds are 5.
+    average = {"method": "fedavg", "upload__values": "int8"}
+    commands += [
+        {"argv": runs.train(config, tmp_path / "five", **average)},
+        {"argv": runs.train(config, tmp_path / "three", **average, rounds=3)},
+        {"argv": ["resume", str(tmp_path / "three"), "--set", "rounds=5"]},
+        {"argv": ["resume", str(tmp_path / "three")]},
+        {"argv": ["resume", str(tmp_path / "three"), "--set", "rounds=4"]},
+        {"argv": ["resume", str(tmp_path / "three"), "--set", "learning_rate=0.1"]},
+    ]
+    codes += [0, 0, 0, 0, 2, 2]
+    reports = runs.play(commands, tmp_path / "steps", 2)
+    for command, code, ranks in zip(commands, codes, reports, strict=True):
+        assert [report["code"] for report in ranks] == [code] * 2, (command, ranks)
+    for last in range(1, 5):
+        runs.assert_equal(tmp_path / "whole", tmp_path / f"stopped-{last}")
+    runs.assert_equal(tmp_path / "whole", often)
+    runs.assert_equal(tmp_path / "five", tmp_path / "three")
+    again, too_few, not_allowed = reports[-3:]
+    assert "finished after 5 rounds" in again[0]["out"] and "rounds=N" in again[0]["out"]
+    assert "rounds=4" in too_few[0]["err"] and "learning_rate" in not_allowed[0]["err"]
+    assert [line["round"] for line in runs.lines(tmp_path / "three")] == [1, 2, 3, 4, 5]
