@@ -187,6 +187,7 @@ def check_format(reader: Reader) -> dict[str, Any]:
     if not isinstance(version, int):
         raise DamagedFileError(f"{reader.path}: not a checkpoint of this program (no format_version)")
     if version > FORMAT_VERSION:
+        reader.verify_digest()  # a damaged number is damage: an older checkpoint may then be resumed
         raise InputError(
             f"{reader.path}: checkpoint format {version} is newer than this program reads ({FORMAT_VERSION}); "
             f"it was written by feddip_mpi {attributes.get('package_version')}: update the package"

@@ -135,10 +135,14 @@ class Reader:
         names = self.names()
         for name in names:
             self.array(name)
+        self.verify_digest()
+        return len(names)
+
+    def verify_digest(self) -> None:
+        """Compare the digest, which covers names, types, attributes and checksums; no array is read."""
         with _guard(self.path):
             if _digest(self._file) != self.attributes().get("digest"):
                 raise DamagedFileError(f"{self.path}: names, types or attributes do not match the digest; damaged")
-        return len(names)
 
 
 @contextmanager
