@@ -40,7 +40,10 @@ def cli() -> None:
 @_SETTINGS
 @click.option("--out", metavar="DIR", help="Run folder; must be new or empty.  [default: runs/NAME-DATE-TIME]")
 def train(config: str, overrides: tuple[str, ...], out: str | None) -> None:
-    """Start a run, e.g. mpirun -n 4 feddip-mpi train configs/quickstart.yaml."""
+    """Start a run.
+
+    mpirun -n 4 feddip-mpi train configs/quickstart.yaml
+    """
     from feddip_mpi import session
 
     _under_mpi(lambda comm: session.train(comm, config, overrides, out))
@@ -50,7 +53,10 @@ def train(config: str, overrides: tuple[str, ...], out: str | None) -> None:
 @click.argument("folder", metavar="DIR")
 @_SETTINGS
 def resume(folder: str, overrides: tuple[str, ...]) -> None:
-    """Go on with a run from its newest good checkpoint, on any number of ranks."""
+    """Go on with a run from its newest good checkpoint.
+
+    On any number of ranks; --set rounds=N extends a finished run.
+    """
     from feddip_mpi import session
 
     _under_mpi(lambda comm: session.resume(comm, folder, overrides))
