@@ -36,7 +36,7 @@ def test_model_fits_the_data(file: Path) -> None:
 
 def test_published_setting_is_the_default_of_every_key_it_names() -> None:
     published = config.load(ROOT / "configs" / "fashion-mnist-lenet5.yaml")
-    values = {"rounds": 1000, "checkpoint": {"every": 50}}
+    values = {"rounds": 1000, "checkpoint": {"every": 50}, "upload": {"values": "int4"}}
     assert published == config.validate(values)
 
 
