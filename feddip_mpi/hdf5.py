@@ -117,7 +117,9 @@ class Reader:
             dataset = self._file[name]
             array = dataset[()]
             if _crc(array) != int(dataset.attrs["crc32"]):
-                raise DamagedFileError(f"{self.path}: dataset {name!r} does not match its checksum; the file is damaged")
+                raise DamagedFileError(
+                    f"{self.path}: dataset {name!r} does not match its checksum; the file is damaged"
+                )
         return np.asarray(array)
 
     def attribute(self, name: str, key: str) -> Any:
@@ -183,7 +185,9 @@ def read_arrays(path: Path | str, names: Iterable[str]) -> dict[str, np.ndarray]
     with _guard(path), h5py.File(path, "r") as file:
         missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
         if missing:
-            raise InputError(f"{path}: no dataset {missing[0]!r}; the file holds {', '.join(sorted(file)) or 'nothing'}")
+            raise InputError(
+                f"{path}: no dataset {missing[0]!r}; the file holds {', '.join(sorted(file)) or 'nothing'}"
+            )
         return {name: np.asarray(file[name][()]) for name in names}
 
 
@@ -192,7 +196,16 @@ def _guard(path: Path) -> Iterator[None]:
     """h5py reports damage as many kinds of exception; all of them mean the same to the user."""
     try:
         yield
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, OverflowError) as error:
+    except (
+        OSError,
+        LookupError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+        ArithmeticError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise DamagedFileError(f"{path}: cannot be read as HDF5, it is truncated or damaged ({reason})") from None
 
