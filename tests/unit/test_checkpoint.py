@@ -1,0 +1,357 @@
+"""Checkpoints: bit for bit, damaged ones refused by name, old ones deleted with care."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from feddip_mpi import checkpoint, config, hdf5, metrics, server
+from feddip_mpi.checkpoint import Loaded, Snapshot
+from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
+from feddip_mpi.residuals import Residual
+from feddip_mpi.vector import Layout, flatten
+
+LAYERS = ["3.weight", "0.weight"]
+
+
+def history(rounds: int) -> list[metrics.Record]:
+    """Records of rounds of which every second was evaluated."""
+    kinds = {"int": 3, "float": 0.1, "ints": [0, 4], "floats": [0.5, None, 0.25], "layers": dict.fromkeys(LAYERS, 0.3)}
+    records = []
+    for round in range(1, rounds + 1):
+        record = {name: kinds[field.kind] for name, field in metrics.FIELDS.items()}
+        record |= {"round": round, "train_loss": 0.1 * round}
+        if round % 2:
+            record |= {"test_loss": None, "test_accuracy": None, "test_accuracy_top5": None, "client_accuracy": None}
+        records.append(record)
+    return records
+
+
+def snapshot(rounds: int = 4, seed: int = 0, **settings: object) -> Snapshot:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    layout = Layout.of(model, LAYERS)
+    weights = flatten(model, layout)
+    # Values that a careless conversion would lose.
+    weights[:4] = torch.tensor([-0.0, 1e-45, 3.4e38, float("nan")])
+    mask = torch.rand(layout.prunable) < 0.4
+    return Snapshot(
+        config=config.validate({"clients": 3, "participants": 2, "seed": 2**62 + 1, **settings}),
+        layout=layout,
+        server=server.Server(rounds, weights, mask),
+        history=history(rounds),
+        identity="synthetic 60x1x4x4 0123abcd",
+        histogram=np.arange(9).reshape(3, 3),
+        input_shape=(1, 4, 4),
+        classes=3,
+        created="2026-01-02T03:04:05+0000",
+        mean=(0.1,),
+        std=(0.3,),
+        class_names=("cat", "Katze", "ねこ"),
+    )
+
+
+def residuals() -> list[tuple[int, Residual]]:
+    sparse, dense = torch.zeros(42), torch.randn(42, generator=torch.Generator().manual_seed(1))
+    sparse[[0, 7, 41]] = torch.tensor([1e-45, -3.0, 2.5])
+    return [(0, Residual(sparse, 3)), (2, Residual(dense, 1)), (10, Residual(torch.ones(42), 2))]
+
+
+def saved(folder: Path, rounds: int = 4, **settings: object) -> Path:
+    path = checkpoint.path_of(folder, rounds)
+    checkpoint.save(path, snapshot(rounds, **settings), residuals())
+    return path
+
+
+def content(path: Path) -> bytes:
+    """All that a resume takes from a checkpoint, as bytes that are equal only for equal bits."""
+    loaded = checkpoint.load(path)
+    parts = [
+        repr((loaded.config, loaded.server.round, loaded.layout_names, loaded.prunable_names, loaded.parameter_count)),
+        repr((loaded.history, loaded.identity, loaded.input_shape, loaded.classes, loaded.created, loaded.saved)),
+        repr((loaded.versions, loaded.digest, loaded.mean, loaded.std, loaded.class_names)),
+    ]
+    arrays = [loaded.server.weights.numpy(), loaded.server.mask.numpy(), loaded.histogram]
+    arrays += [*loaded.tensors.values(), *loaded.masks.values()]
+    for client, residual in checkpoint.read_residuals(path):
+        parts.append(repr((client, residual.round)))
+        arrays.append(residual.values.numpy())
+    return b"".join([*(part.encode() for part in parts), *(array.tobytes() for array in arrays)])
+
+
+def test_round_trip_bit_for_bit(tmp_path: Path) -> None:
+    given = snapshot()
+    path = saved(tmp_path)
+    loaded = checkpoint.load(path)
+    assert loaded.server.round == 4
+    assert loaded.server.weights.numpy().tobytes() == given.server.weights.numpy().tobytes()
+    assert loaded.server.weights.dtype == torch.float32
+    assert torch.equal(loaded.server.mask, given.server.mask) and loaded.server.mask.dtype == torch.bool
+    assert loaded.history == given.history
+    assert loaded.config == given.config
+    assert np.array_equal(loaded.histogram, given.histogram)
+    assert loaded.layout_names == given.layout.names
+    assert (loaded.prunable_names, loaded.parameter_count) == (tuple(LAYERS), given.layout.parameter_tensors)
+    for name in ("identity", "input_shape", "classes", "created", "mean", "std", "class_names"):
+        assert getattr(loaded, name) == getattr(given, name)
+    for name, view in zip(given.layout.names, given.layout.views(given.server.weights), strict=True):
+        assert loaded.tensors[name].shape == tuple(view.shape)
+        assert loaded.tensors[name].tobytes() == view.numpy().tobytes()
+    for name, part in zip(LAYERS, given.layout.views(given.server.mask), strict=False):
+        assert np.array_equal(loaded.masks[name], part.numpy())
+    assert path.name == "round-000004.h5"
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_residuals_come_back_bit_for_bit_in_both_forms(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    back = list(checkpoint.read_residuals(path))
+    assert [(client, residual.round) for client, residual in back] == [(0, 3), (2, 1), (10, 2)]
+    for (_, got), (_, given) in zip(back, residuals(), strict=True):
+        assert got.values.numpy().tobytes() == given.values.numpy().tobytes()
+    with hdf5.open_file(path) as reader:
+        assert "clients/0/residual/indices" in reader.names()  # few values: with indices
+        assert "clients/2/residual/indices" not in reader.names()
+    assert checkpoint.residual_bytes(path) == {0: 3 * 8 + 3 * 4, 2: 42 * 4, 10: 42 * 4}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.49, 0.5, 0.51, 1.0])
+def test_residuals_of_any_density(tmp_path: Path, share: float) -> None:
+    values = torch.zeros(100)
+    values[torch.randperm(100)[: round(100 * share)]] = torch.rand(round(100 * share)) + 0.5
+    checkpoint.save(tmp_path / "round-000004.h5", snapshot(), [(1, Residual(values, 0))])
+    ((client, back),) = checkpoint.read_residuals(tmp_path / "round-000004.h5")
+    assert client == 1 and torch.equal(back.values, values)
+
+
+def test_a_checkpoint_before_the_first_round(tmp_path: Path) -> None:
+    given = replace(snapshot(0), history=[], class_names=(), mean=(), std=())
+    checkpoint.save(tmp_path / "round-000000.h5", given, [])
+    loaded = checkpoint.load(tmp_path / "round-000000.h5")
+    assert loaded.history == [] and loaded.class_names == () and loaded.server.round == 0
+    assert list(checkpoint.read_residuals(tmp_path / "round-000000.h5")) == []
+
+
+def test_equal_state_gives_equal_arrays_and_other_state_another_digest(tmp_path: Path) -> None:
+    digests = [
+        checkpoint.save(tmp_path / f"round-00000{i}.h5", snapshot(seed=seed), residuals())
+        for i, seed in enumerate([0, 1])
+    ]
+    assert digests[0] != digests[1]
+    datasets, attributes = checkpoint.verify(tmp_path / "round-000000.h5")
+    assert attributes["digest"] == digests[0]
+    with hdf5.open_file(tmp_path / "round-000000.h5") as reader:
+        assert datasets == len(reader.names())
+
+
+def load_all(path: Path) -> bytes | None:
+    """The content, or None where the file is refused; any other exception is a failed test."""
+    try:
+        return content(path)
+    except DamagedFileError as error:
+        assert str(path) in str(error)
+        return None
+
+
+def test_truncation_anywhere_is_noticed(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    lengths = [*random.Random(0).sample(range(len(whole)), 30), 0, 1, 8, 100, len(whole) - 1]
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        assert load_all(path) is None, length
+
+
+def test_a_flipped_byte_never_gives_a_wrong_array(tmp_path: Path) -> None:
+    """First bytes of datasets, bytes around attributes of the root, and a sample of all others.
+
+    That every byte of every array is checked is tested in test_hdf5.py, where it costs less.
+    """
+    path = saved(tmp_path, rounds=2)
+    whole, expected = path.read_bytes(), content(path)
+    with h5py.File(path, "r") as file:
+        found: list[int] = []
+        file.visititems(lambda _, node: found.append(node.id.get_offset()) if getattr(node, "nbytes", 0) else None)
+    raw = {offset for offset in found if offset}
+    assert len(raw) > 40
+    names = (b"format_version", b"complete", b"digest", b"config", b"round", b"data_identity")
+    near = {whole.index(name) + step for name in names for step in range(0, 56, 8)}
+    refused = 0
+    draw = random.Random(1)
+    some = {*draw.sample(sorted(raw), 12), *draw.sample(range(len(whole)), 60)}
+    for position in sorted(some | near):
+        altered = bytearray(whole)
+        altered[position] ^= 1 + position % 255
+        path.write_bytes(altered)
+        got = load_all(path)
+        assert got is None or got == expected, position
+        assert got is None or position not in raw
+        refused += got is None
+    assert refused > 30
+
+
+def test_newest_takes_the_last_that_verifies_and_says_why_others_were_refused(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, rounds) for rounds in (2, 4, 6, 8)]
+    (tmp_path / "round-000009.h5.tmp").write_bytes(b"not one of ours")
+    (tmp_path / ".round-000010.h5.tmp-77").write_bytes(b"half written")
+    assert checkpoint.newest(tmp_path)[0].server.round == 8
+    assert checkpoint.newest(tmp_path)[1] == []
+    paths[3].write_bytes(paths[3].read_bytes()[:5000])
+    damaged = bytearray(paths[2].read_bytes())
+    with h5py.File(paths[2], "r") as file:
+        damaged[file["model/parameters/3.weight"].id.get_offset()] ^= 1
+    paths[2].write_bytes(damaged)
+    loaded, refused = checkpoint.newest(tmp_path)
+    assert loaded.server.round == 4
+    assert len(refused) == 2
+    assert str(paths[3]) in refused[0] and "truncated or damaged" in refused[0]
+    assert str(paths[2]) in refused[1] and "'model/parameters/3.weight' does not match its checksum" in refused[1]
+    for path in paths[:2]:
+        path.write_bytes(b"")
+    with pytest.raises(DamagedFileError) as caught:
+        checkpoint.newest(tmp_path)
+    assert all(str(path) in str(caught.value) for path in paths)
+
+
+def test_newest_of_nothing_is_wrong_input(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match="no checkpoint"):
+            checkpoint.newest(folder)
+
+
+def test_newest_goes_by_the_number_in_the_name(tmp_path: Path) -> None:
+    for rounds in (1_000_000, 999_999, 2):
+        saved(tmp_path, 4).rename(checkpoint.path_of(tmp_path, rounds))
+    assert [path.name for path in checkpoint.listed(tmp_path)] == [
+        "round-000002.h5", "round-999999.h5", "round-1000000.h5",
+    ]  # fmt: skip
+
+
+def test_find_takes_a_file_a_run_folder_or_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    inside = tmp_path / "checkpoints"
+    inside.mkdir()
+    path = saved(inside)
+    assert [checkpoint.find(p)[0].path for p in (path, inside, tmp_path)] == [path] * 3
+    with pytest.raises(InputError):
+        checkpoint.find(tmp_path / "nothing")
+
+
+def test_a_newer_format_is_wrong_input_and_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    path = saved(tmp_path, 4)
+    monkeypatch.undo()
+    for read in (checkpoint.load, checkpoint.verify):
+        with pytest.raises(InputError, match="format 2 is newer.*update the package"):
+            read(path)
+    with pytest.raises(InputError, match="is newer"):  # falling back to round 2 would throw rounds away
+        checkpoint.newest(tmp_path)
+
+
+def test_a_damaged_format_version_is_damage(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    path = saved(tmp_path, 4)
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = 257
+    with pytest.raises(DamagedFileError):
+        checkpoint.load(path)
+    loaded, refused = checkpoint.newest(tmp_path)
+    assert loaded.server.round == 2 and len(refused) == 1
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "round-000004.h5"
+    with pytest.raises(InputError, match="no such file"):
+        checkpoint.load(path)
+    for text in (b"", b"rounds: 3\n"):
+        path.write_bytes(text)
+        with pytest.raises(DamagedFileError):
+            checkpoint.load(path)
+    with h5py.File(path, "w") as file:
+        file["weights"] = np.ones(3)
+    with pytest.raises(DamagedFileError):
+        checkpoint.load(path)
+    hdf5.write(path, [], {"by": "another program"})  # complete and consistent, but none of ours
+    with pytest.raises(DamagedFileError, match="not a checkpoint of this program"):
+        checkpoint.load(path)
+    hdf5.write(path, [], {"format_version": 1})
+    with pytest.raises(DamagedFileError):
+        checkpoint.load(path)
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path)
+    before = path.read_bytes()
+
+    def interrupted():
+        yield residuals()[0]
+        raise FeddipError("a rank is gone")
+
+    with pytest.raises(FeddipError):
+        checkpoint.save(path, snapshot(seed=1), interrupted())
+
+    def refuse(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hdf5.os, "fsync", refuse)
+    with pytest.raises(OSError, match="space"):
+        checkpoint.save(path, snapshot(seed=1), residuals())
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def scored(folder: Path, round: int, accuracy: float | None, sparsity: float) -> None:
+    given = snapshot(round)
+    mask = torch.arange(42) >= int(42 * sparsity)
+    history = [{**given.history[-1], "test_accuracy": accuracy}] if round else []
+    checkpoint.save(
+        checkpoint.path_of(folder, round), replace(given, server=replace(given.server, mask=mask), history=history), []
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (1, False, [7]),
+        (3, False, [5, 6, 7]),
+        (9, False, [1, 2, 3, 4, 5, 6, 7]),
+        (1, True, [4, 7]),
+        (4, True, [4, 5, 6, 7]),
+    ],
+)
+def test_the_newest_and_the_best_at_the_final_sparsity_are_kept(
+    tmp_path: Path, keep: int, best: bool, left: list[int]
+) -> None:
+    # Rounds 1 and 2 are better but not yet as sparse; 4 beats 3 and 5; 6 was not evaluated.
+    for round, (accuracy, sparsity) in enumerate(
+        [(0.99, 0.2), (0.95, 0.4), (0.8, 0.5), (0.9, 0.5), (0.85, 0.5), (None, 0.5), (0.7, 0.5)], start=1
+    ):
+        scored(tmp_path, round, accuracy, sparsity)
+    (tmp_path / ".round-000008.h5.tmp-4242").write_bytes(b"left by a killed process")
+    (tmp_path / "notes.txt").write_text("the user's own")
+    checkpoint.prune_old(tmp_path, keep, best, 0.5)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == [f"round-{r:06d}.h5" for r in left]
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name[-1] != "5") == ["notes.txt"]
+
+
+def test_of_equally_good_checkpoints_the_newest_is_kept_and_damaged_ones_do_not_count(tmp_path: Path) -> None:
+    for round in (1, 2, 3, 4, 5):
+        scored(tmp_path, round, 0.9 if round < 4 else 0.1, 0.5)
+    checkpoint.path_of(tmp_path, 3).write_bytes(b"damaged")
+    checkpoint.prune_old(tmp_path, 1, True, 0.5)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == ["round-000002.h5", "round-000005.h5"]
+
+
+def test_check_model_names_the_first_tensor_that_differs(tmp_path: Path) -> None:
+    loaded: Loaded = checkpoint.load(saved(tmp_path))
+    checkpoint.check_model(loaded, snapshot().layout)
+    wider = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 4))
+    with pytest.raises(InputError, match=r"has changed since \(3.weight\)"):
+        checkpoint.check_model(loaded, Layout.of(wider, LAYERS))
+    with pytest.raises(InputError, match="has changed since"):
+        checkpoint.check_model(loaded, Layout.of(wider, LAYERS[::-1]))

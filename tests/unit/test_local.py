@@ -1,0 +1,243 @@
+"""Local training against the formulas of docs/method.md, written out plainly in float64."""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from feddip_mpi.local import DeviceData, LocalRule, LocalTrainer, batch_bounds
+from feddip_mpi.server import pruned
+from feddip_mpi.streams import stream
+from feddip_mpi.vector import BoundModel, Layout, flatten
+
+MEAN, STD = 120.0, 60.0
+PRUNABLE = ["conv.weight", "fc1.weight", "fc2.weight"]
+
+
+class Small(nn.Module):
+    """Convolution, batch norm of both kinds (exponential and cumulative average), linear layers, biases."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
+        self.fc1, self.norm1 = nn.Linear(12, 6), nn.BatchNorm1d(6, momentum=None)
+        self.drop, self.fc2 = nn.Dropout(dropout), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.avg_pool2d(torch.tanh(self.norm(self.conv(x))), 2)
+        return self.fc2(self.drop(torch.tanh(self.norm1(self.fc1(x.flatten(1))))))
+
+
+def small(dropout: float = 0.0) -> tuple[nn.Module, Layout]:
+    torch.manual_seed(5)
+    model = Small(dropout)
+    return model, Layout.of(model, PRUNABLE)
+
+
+def data() -> DeviceData:
+    generator = np.random.default_rng(0)
+    images = torch.from_numpy(generator.integers(0, 256, (60, 1, 6, 6), dtype=np.uint8))
+    labels = torch.from_numpy(generator.integers(0, 4, 60))
+    return DeviceData(images, labels, torch.full((1, 1, 1, 1), MEAN), torch.full((1, 1, 1, 1), STD))
+
+
+def trainer(rule: LocalRule, dropout: float = 0.0) -> LocalTrainer:
+    model, layout = small(dropout)
+    return LocalTrainer(BoundModel(model, layout, torch.device("cpu")), data(), rule)
+
+
+def rule(**values: object) -> LocalRule:
+    return LocalRule(**{"seed": 3, "epochs": 2, "batch_size": 8, "weight_decay": 0.0, **values})
+
+
+def some_mask(layout: Layout) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(1).random(layout.prunable) < 0.5)
+
+
+SAMPLES = np.arange(4, 29)  # 25 images: batches of 8, 8 and, because one image would be left alone, 9
+
+
+def reference(
+    rule: LocalRule, mask: Tensor, learning_rate: float, penalty: float, t: int, client: int
+) -> tuple[Tensor, list[float], dict[str, Tensor]]:
+    """Dense local weights minus received ones [parameters] in float64, losses by batch, buffers."""
+    model, layout = small()
+    received = pruned(flatten(model, layout), mask)
+    images, labels = data().images.double(), data().labels
+    model = deepcopy(model).double()
+    parameters = dict(model.named_parameters())
+    masks = dict(zip(PRUNABLE, layout.views(mask.double()), strict=True))
+    start = {n: v.double() for n, v in zip(layout.names, layout.views(received), strict=True) if n in parameters}
+    w = {n: v.clone() for n, v in start.items()}
+    order = stream(rule.seed, "batches", t, client)
+    losses = []
+    for _ in range(rule.epochs):
+        shuffled = order.permutation(SAMPLES)
+        for batch in (shuffled[:8], shuffled[8:16], shuffled[16:]):
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(masks[name] * w[name] if name in masks else w[name])
+            cross_entropy = nn.functional.cross_entropy(model((images[batch] - MEAN) / STD), labels[batch])
+            norms = {
+                "l2": lambda p: p.square().sum().sqrt() if p.any() else p.sum() * 0,
+                "l2_squared": lambda p: p.square().sum(),
+                "l1": lambda p: p.abs().sum(),
+            }
+            term = penalty * sum(norms[rule.penalty_norm](parameters[name]) for name in masks)
+            grads = torch.autograd.grad(cross_entropy + term, list(parameters.values()))
+            losses.append(float(cross_entropy.detach()))
+            for (name, value), g in zip(
+                w.items(), (dict(zip(parameters, grads, strict=True))[n] for n in w), strict=True
+            ):
+                if name in masks and not rule.feedback:
+                    g = g * masks[name]
+                step = g + rule.weight_decay * value + rule.proximal * (value - start[name])
+                w[name] = value - learning_rate * step
+    update = torch.cat([(w[n] - start[n]).reshape(-1) for n in layout.names if n in w])
+    return update, losses, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("changes", "penalty"),
+    [
+        ({}, 0.0),
+        ({"feedback": False}, 0.0),
+        ({}, 0.3),
+        ({"feedback": False}, 0.3),
+        ({"penalty_norm": "l2_squared"}, 0.3),
+        ({"penalty_norm": "l1"}, 0.3),
+        ({"weight_decay": 0.2}, 0.0),
+        ({"proximal": 0.7}, 0.0),
+        ({"weight_decay": 0.2, "proximal": 0.7, "penalty_norm": "l1"}, 0.3),
+        ({"weight_decay": 0.2, "proximal": 0.7, "feedback": False}, 0.3),
+    ],
+)
+@pytest.mark.parametrize("which", ["half", "one tensor empty", "all kept"])
+def test_local_training_follows_the_formulas(changes: dict, penalty: float, which: str) -> None:
+    this = rule(**changes)
+    local = trainer(this)
+    layout = local.bound.layout
+    mask = some_mask(layout)
+    if which == "one tensor empty":
+        mask[layout.offsets[2] : layout.prunable] = False
+    if which == "all kept":
+        mask[:] = True
+    received = pruned(local.bound.vector.clone(), mask)
+    result = local.train(received, mask, SAMPLES, 0.2, penalty, 9, 7)
+    expected, losses, buffers = reference(this, mask, 0.2, penalty, 9, 7)
+    assert torch.allclose(result.update[: layout.parameters].double(), expected, rtol=1e-4, atol=2e-6)
+    assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result.samples == 2 * 25
+    # Pruned weights move with feedback and stay without it.
+    assert bool(result.update[: layout.prunable][~mask].any()) == (this.feedback and which != "all kept")
+    # The tail: statistics of the pruned forward passes.
+    for name, offset, size in zip(layout.names, layout.offsets, layout.sizes, strict=True):
+        if name in buffers:
+            got = received[offset : offset + size] + result.update[offset : offset + size]
+            assert torch.allclose(got.double(), buffers[name], rtol=1e-4, atol=1e-5)
+            assert result.update[offset : offset + size].any()
+
+
+def test_received_weights_and_mask_are_not_changed() -> None:
+    local = trainer(rule(weight_decay=0.1))
+    mask = some_mask(local.bound.layout)
+    received = pruned(local.bound.vector.clone(), mask)
+    before, mask_before = received.clone(), mask.clone()
+    local.train(received, mask, SAMPLES, 0.2, 0.1, 0, 0)
+    assert torch.equal(received, before) and torch.equal(mask, mask_before)
+
+
+@pytest.mark.parametrize("augment", ["none", "standard"])
+def test_a_client_does_not_see_who_was_trained_before(augment: str) -> None:
+    this = rule(augment=augment, weight_decay=0.1)
+    mask = some_mask(small()[1])
+    received = pruned(flatten(*small()), mask)
+    alone = trainer(this, dropout=0.3).train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
+    busy = trainer(this, dropout=0.3)
+    for client in (0, 1):
+        busy.train(received + 0.1, ~mask, np.arange(30, 47), 0.3, 0.2, 3, client)
+    torch.manual_seed(99)
+    after_others = busy.train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
+    assert torch.equal(after_others.update, alone.update)
+    assert after_others.loss == alone.loss
+
+
+@pytest.mark.parametrize("augment", ["none", "standard"])
+def test_round_client_and_seed_change_the_batches(augment: str) -> None:
+    mask = some_mask(small()[1])
+    received = pruned(flatten(*small()), mask)
+    keys = [(3, 0, 0), (3, 1, 0), (3, 0, 1), (4, 0, 0)]
+    updates = [
+        trainer(rule(seed=seed, augment=augment)).train(received, mask, SAMPLES, 0.2, 0.0, t, k).update
+        for seed, t, k in keys
+    ]
+    assert len({update.numpy().tobytes() for update in updates}) == 4
+
+
+def test_augmentation_and_dropout_have_an_effect() -> None:
+    mask = some_mask(small()[1])
+    received = pruned(flatten(*small()), mask)
+    plain = trainer(rule()).train(received, mask, SAMPLES, 0.2, 0.0, 0, 0).update
+    assert not torch.equal(
+        trainer(rule(augment="standard")).train(received, mask, SAMPLES, 0.2, 0.0, 0, 0).update, plain
+    )
+    assert not torch.equal(trainer(rule(), dropout=0.5).train(received, mask, SAMPLES, 0.2, 0.0, 0, 0).update, plain)
+
+
+def test_a_client_with_one_batch_and_a_client_with_all_images() -> None:
+    local = trainer(rule(epochs=1))
+    mask = some_mask(local.bound.layout)
+    received = pruned(local.bound.vector.clone(), mask)
+    for samples in (np.arange(3), np.arange(60)):
+        result = local.train(received, mask, samples, 0.1, 0.0, 0, 0)
+        assert result.samples == samples.size
+        assert bool(torch.isfinite(result.update).all())
+
+
+def test_mean_gradient_is_that_of_the_mean_loss() -> None:
+    """Without batch norm the mean over batches is the gradient over all images at once."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 4))
+    layout = Layout.of(model, ["1.weight", "3.weight"])
+    exact, split = deepcopy(model).double(), data()
+    loss = nn.functional.cross_entropy(exact((split.images[SAMPLES].double() - MEAN) / STD), split.labels[SAMPLES])
+    loss.backward()
+    expected = torch.cat([exact.get_parameter(name).grad.reshape(-1) for name in layout.names])
+    local = LocalTrainer(BoundModel(model, layout, torch.device("cpu")), split, rule())
+    got = local.mean_gradient(local.bound.vector.clone(), SAMPLES)
+    assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_mean_gradient_does_not_learn_statistics() -> None:
+    local = trainer(rule())
+    weights = local.bound.vector.clone()
+    first = local.mean_gradient(weights, SAMPLES)
+    assert torch.equal(local.mean_gradient(weights, SAMPLES), first)
+    assert torch.equal(local.bound.vector, weights)
+    assert not first[local.bound.layout.parameters :].any()
+
+
+@given(st.integers(1, 300), st.integers(2, 64))
+def test_batches_tile_the_epoch_and_none_has_a_single_image(count: int, batch_size: int) -> None:
+    bounds = batch_bounds(count, batch_size)
+    assert bounds[0][0] == 0 and bounds[-1][1] == count
+    assert all(a[1] == b[0] for a, b in pairwise(bounds))
+    sizes = [stop - start for start, stop in bounds]
+    assert all(size == batch_size for size in sizes[:-1])
+    assert count == 1 or 2 <= sizes[-1] <= batch_size + 1
+    assert len(bounds) == max(1, (count - 1 + batch_size - 1) // batch_size)
+
+
+def test_images_are_normalised_in_place_of_the_reader() -> None:
+    split = data()
+    split = DeviceData(split.images.repeat(1, 3, 1, 1), split.labels, torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1),
+                       torch.tensor([4.0, 5, 6]).view(1, 3, 1, 1))  # fmt: skip
+    for part in (split, data()):
+        expected = (part.images.double() - part.mean.double()) / part.std.double()
+        assert torch.allclose(part.normalised(part.images).double(), expected, atol=1e-6)
+        assert part.normalised(part.images).dtype == torch.float32

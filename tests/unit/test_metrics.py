@@ -1,0 +1,128 @@
+"""Records: through HDF5 columns and JSON lines and back."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feddip_mpi import metrics
+from feddip_mpi.metrics import FIELDS, MetricsFile, Record
+
+LAYERS = ["conv.weight", "fc.weight"]
+
+
+def record(round: int, evaluated: bool = True, clients: bool = True) -> Record:
+    """A record with a different number in each place."""
+    out: Record = {}
+    for place, (name, field) in enumerate(FIELDS.items()):
+        base = 1000 * place + round
+        out[name] = {
+            "int": base + 2**52,
+            "float": base + 0.1,
+            "ints": [base, base + 1, base + 2],
+            "floats": [base + 0.1, None, base + 0.3] if clients else None,
+            "layers": {layer: base + i + 0.5 for i, layer in enumerate(LAYERS)},
+        }[field.kind]
+        if not evaluated and name.startswith("test_"):
+            out[name] = None
+    out["round"] = round
+    return out
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [record(1)],
+        [record(1, evaluated=False), record(2), record(3, evaluated=False)],
+        [record(1, evaluated=False), record(2, evaluated=False)],
+        [record(1, clients=False), record(2)],
+        [record(1, clients=False), record(2, clients=False)],
+    ],
+)
+def test_columns_and_records_are_inverse(history: list[Record]) -> None:
+    table = metrics.columns(history)
+    assert list(table) == list(FIELDS)
+    assert all(len(column) == len(history) for column in table.values())
+    back = metrics.records(table, LAYERS)
+    assert back == history
+    assert [list(r) for r in back] == [list(r) for r in history]
+    for name, value in (back[0] if back else {}).items():
+        kind = FIELDS[name].kind
+        if value is not None:
+            assert type(value) is {"int": int, "float": float, "layers": dict}.get(kind, list)
+        if kind == "ints":
+            assert all(type(x) is int for x in value)
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_a_gap_in_any_column_is_a_gap_again(name: str) -> None:
+    history = [record(1), record(2), record(3)]
+    for r in history:  # whole numbers beside a gap are exact up to 2^53
+        r[name] = r[name] if FIELDS[name].kind != "int" else r["round"]
+    history[1][name] = None
+    assert [r[name] for r in metrics.records(metrics.columns(history), LAYERS)] == [r[name] for r in history]
+
+
+def test_types_of_columns() -> None:
+    table = metrics.columns([record(1), record(2)])
+    assert table["round"].dtype == table["participants"].dtype == np.int64
+    assert table["participants"].shape == (2, 3)
+    assert table["test_loss"].dtype == table["sparsity_by_layer"].dtype == np.float64
+    gaps = metrics.columns([record(1, evaluated=False), record(2)])
+    assert np.isnan(gaps["test_loss"]).tolist() == [True, False]
+
+
+def test_every_field_says_what_it_is() -> None:
+    for name, field in FIELDS.items():
+        assert field.kind in ("int", "float", "ints", "floats", "layers"), name
+        assert field.depends_on in ("config", "ranks", "clock"), name
+        assert field.meaning
+        if name.endswith(("_seconds", "_per_second")):
+            assert field.depends_on == "clock"
+
+
+def test_a_line_is_json_even_for_numbers_that_json_lacks() -> None:
+    odd = {"a": math.nan, "b": [1.5, math.inf, None], "c": {"x": -math.inf, "y": 2}, "d": 3, "e": "text"}
+
+    def refuse(token: str) -> None:
+        raise AssertionError(token)
+
+    line = metrics.to_line(odd)
+    assert "\n" not in line
+    assert json.loads(line, parse_constant=refuse) == {
+        "a": None, "b": [1.5, None, None], "c": {"x": None, "y": 2}, "d": 3, "e": "text",
+    }  # fmt: skip
+
+
+def test_the_file_holds_the_history_and_what_was_appended(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("rounds of a run that was cut off\n")
+    file = MetricsFile(path, [record(1), record(2)])
+    assert metrics.read(path) == [record(1), record(2)]
+    file.append(record(3))
+    assert metrics.read(path) == [record(1), record(2), record(3)]  # on disk before the file is closed
+    file.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_last_line_that_was_cut_is_left_out_wherever_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first, last = metrics.to_line(record(1)) + "\n", metrics.to_line(record(2))
+    for length in range(1, len(last), 7):
+        path.write_text(first + last[:length])
+        assert metrics.read(path) == [record(1)]
+    path.write_text(first + last)
+    assert metrics.read(path) == [record(1), record(2)]
+    path.write_text("")
+    assert metrics.read(path) == []
+
+
+def test_a_cut_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = metrics.to_line(record(1))
+    path.write_text(line + "\n" + line[:30] + "\n" + line + "\n")
+    with pytest.raises(json.JSONDecodeError):
+        metrics.read(path)

@@ -1,0 +1,57 @@
+"""Placement: everybody works somewhere, loads are even, residuals stay where that costs nothing."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feddip_mpi.placement import assign, by_rank
+
+
+@st.composite
+def federations(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], int]:
+    ranks = draw(st.integers(1, 6))
+    samples = draw(st.lists(st.integers(1, 1000), min_size=1, max_size=20))
+    holders = draw(st.lists(st.integers(0, ranks - 1), min_size=len(samples), max_size=len(samples)))
+    participants = draw(st.lists(st.sampled_from(range(len(samples))), min_size=1, unique=True))
+    return sorted(participants), samples, holders, ranks
+
+
+@given(federations())
+def test_every_participant_has_one_rank_and_loads_are_even(case: tuple[list[int], list[int], list[int], int]) -> None:
+    participants, samples, holders, ranks = case
+    placed = assign(participants, samples, holders, ranks)
+    assert list(placed) == participants
+    assert all(0 <= rank < ranks for rank in placed.values())
+    loads = [sum(samples[c] for c, r in placed.items() if r == rank) for rank in range(ranks)]
+    mean, largest = sum(loads) / ranks, max(samples[c] for c in participants)
+    # Longest first onto the least loaded: below mean + largest; a holder may be 10 % above the mean or the largest.
+    assert max(loads) <= max(mean + largest, 1.1 * max(mean, largest)) + 1e-9
+
+
+@given(federations())
+def test_a_client_moves_only_from_a_rank_that_is_full(case: tuple[list[int], list[int], list[int], int]) -> None:
+    participants, samples, holders, ranks = case
+    placed = assign(participants, samples, holders, ranks)
+    limit = 1.1 * max(sum(samples[c] for c in participants) / ranks, max(samples[c] for c in participants))
+    for client in participants:
+        home = holders[client]
+        if placed[client] != home:
+            load = sum(samples[c] for c, r in placed.items() if r == home)
+            assert load + samples[client] > limit
+
+
+def test_equal_clients_spread_one_per_rank_when_all_residuals_lie_on_one() -> None:
+    placed = assign([0, 1, 2, 3], [10] * 4, [0] * 4, 4)
+    assert sorted(placed.values()) == [0, 1, 2, 3]
+
+
+def test_clients_stay_with_their_residuals_where_loads_allow() -> None:
+    assert assign([1, 3, 4, 6], [10] * 8, [c % 2 for c in range(8)], 2) == {1: 1, 3: 1, 4: 0, 6: 0}
+
+
+@given(federations())
+def test_by_rank_lists_each_rank_in_the_order_of_the_clients(case: tuple[list[int], list[int], list[int], int]) -> None:
+    placed = assign(*case)
+    lists = by_rank(placed, case[3])
+    assert len(lists) == case[3]
+    assert sorted(c for own in lists for c in own) == case[0]
+    assert all(own == [c for c in case[0] if placed[c] == rank] for rank, own in enumerate(lists))

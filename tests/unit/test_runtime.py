@@ -1,0 +1,179 @@
+"""The environment: launches that are wrong without saying so, local ranks, signals, threads, the log."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from feddip_mpi import runtime
+from feddip_mpi.config import Config
+from feddip_mpi.errors import InputError
+
+STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("what", "size", "environment"),
+    [
+        ("one process, no launcher", 1, {}),
+        ("mpirun -n 4", 4, {"OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "0"}),
+        ("mpirun -n 1", 1, {"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}),
+        ("mpiexec.hydra -n 1", 1, {"PMI_SIZE": "1", "PMI_RANK": "0"}),
+        ("sbatch script, no launcher", 1, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}),
+        ("salloc shell, no launcher", 1, {"SLURM_NPROCS": "4", "SLURM_JOB_ID": "7"}),
+        ("srun -n 1", 1, {**STEP, "SLURM_NTASKS": "1"}),
+        ("srun --mpi=pmix, Open MPI", 4, {**STEP, "PMIX_RANK": "2"}),
+        ("srun --mpi=pmi2, MPICH", 4, {**STEP, "PMI_RANK": "2", "PMI_SIZE": "4"}),
+        ("mpirun -n 1 on nodes of a larger job", 1, {**STEP, "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}),
+        ("mpiexec -n 1 on nodes of a larger job", 1, {**STEP, "PMI_SIZE": "1", "PMI_RANK": "0"}),
+        ("mpirun in sbatch: the daemon's Slurm variables", 4, {**STEP, "OMPI_COMM_WORLD_SIZE": "4"}),
+    ],
+)
+def test_good_launches_are_accepted(what: str, size: int, environment: dict[str, str]) -> None:
+    runtime.check_launch(size, environment)
+
+
+@pytest.mark.parametrize(
+    ("what", "environment"),
+    [
+        ("srun --mpi=none", STEP),
+        ("srun, older name of the variable", {**STEP, "SLURM_NTASKS": "", "SLURM_NPROCS": "4"}),
+        ("srun --mpi=pmi2 with Open MPI", {**STEP, "PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_PROCID": "3"}),
+        ("srun --mpi=pmix with MPICH", {**STEP, "PMIX_RANK": "3", "SLURM_PROCID": "3"}),
+        ("mpiexec.hydra with Open MPI", {"PMI_RANK": "1", "PMI_SIZE": "4"}),
+        ("mpirun of Open MPI with MPICH", {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}),
+    ],
+)
+def test_launches_of_lonely_processes_are_refused(what: str, environment: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="4 (tasks|ranks).* MPI sees 1.*mpirun"):
+        runtime.check_launch(1, environment)
+
+
+@pytest.mark.parametrize(
+    ("what", "rank", "environment", "expected"),
+    [
+        ("mpirun: Open MPI knows", 5, {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 1),
+        # Under mpirun inside Slurm the Slurm variables are those of the daemon, also on rank 0.
+        ("mpirun in Slurm", 5, {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "SLURM_PROCID": "5", "SLURM_LOCALID": "0"}, 1),
+        ("srun", 5, {"SLURM_PROCID": "5", "SLURM_LOCALID": "3"}, 3),
+        ("hydra in Slurm", 5, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "MPI_LOCALRANKID": "4"}, 4),
+        ("hydra", 5, {"MPI_LOCALRANKID": "4"}, 4),
+        ("daemon's variables only", 5, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, 2),
+        ("nothing", 5, {}, 2),
+    ],
+)
+def test_local_rank_table(what: str, rank: int, environment: dict[str, str], expected: int) -> None:
+    assert runtime.local_rank(rank, 2, environment) == expected
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in runtime.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
+def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals, handlers: None) -> None:
+    flag = runtime.StopFlag()
+    flag.install()
+    assert not flag.requested
+    os.kill(os.getpid(), number)
+    assert flag.requested
+    assert flag.name == number.name
+
+
+def test_a_second_interrupt_does_not_wait_for_the_round(handlers: None) -> None:
+    flag = runtime.StopFlag()
+    flag.install()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_batch_systems_can_stop_a_run() -> None:
+    assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} <= set(runtime.STOP_SIGNALS)
+
+
+def test_prepare_mpi_leaves_a_choice_of_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMPI_MCA_osc", raising=False)
+    name = "OMPI_MCA_osc"
+    runtime.prepare_mpi()
+    assert os.environ[name] == "^ucx"
+    monkeypatch.setenv(name, "sm")
+    runtime.prepare_mpi()
+    assert os.environ[name] == "sm"
+
+
+def test_prepare_torch_sets_threads_and_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "mine")
+    before = torch.get_num_threads()
+    try:
+        assert runtime.prepare_torch(Config(device="cpu", threads=2), 0) == torch.device("cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "mine"
+
+
+@pytest.mark.parametrize(("local", "index"), [(0, 0), (1, 1), (2, 0), (5, 1)])
+def test_ranks_share_the_gpus_in_turn(local: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "mine")
+    device = runtime.prepare_torch(Config(deterministic=False), local)
+    assert device == torch.device("cuda", index)
+    assert chosen == [device]
+
+
+def test_cuda_where_there_is_none_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "mine")
+    with pytest.raises(InputError, match="device: cuda"):
+        runtime.prepare_torch(Config(device="cuda"), 0)
+    assert runtime.prepare_torch(Config(device="auto"), 0) == torch.device("cpu")
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    host, device = runtime.peak_memory(torch.device("cpu"))
+    assert 30e6 < host < 1e12  # an interpreter with torch takes more than 30 MB
+    assert device == 0
+
+
+@pytest.fixture
+def own_log() -> Iterator[None]:
+    log = runtime.log
+    before = (list(log.handlers), log.propagate, log.level)
+    yield
+    for handler in log.handlers:
+        handler.close()
+    log.handlers[:], log.propagate, log.level = before
+
+
+def test_rank_0_appends_to_the_run_log_and_others_do_not(
+    tmp_path: Path, own_log: None, capsys: pytest.CaptureFixture
+) -> None:
+    for rank in (0, 1, 0):
+        runtime.start_log(tmp_path, rank)
+        logging.getLogger("feddip_mpi").info("quiet %d", rank)
+        logging.getLogger("feddip_mpi").warning("loud %d", rank)
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "rank 0 INFO quiet 0", "rank 0 WARNING loud 0", "rank 0 INFO quiet 0", "rank 0 WARNING loud 0",
+    ]  # fmt: skip
+    shown = capsys.readouterr().err
+    assert "quiet" not in shown and shown.count("loud") == 3
+
+
+def test_results_name_hardware_and_versions() -> None:
+    hardware, versions = runtime.hardware(), runtime.versions()
+    assert hardware["host"] and hardware["cores"] == len(os.sched_getaffinity(0))
+    assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"] == torch.__version__
+    assert set(versions) == {"feddip_mpi", "python", "torch", "numpy", "h5py", "mpi4py"}
