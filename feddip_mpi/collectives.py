@@ -209,7 +209,7 @@ class Communicator:
             size = int(np.prod(shape, dtype=np.int64)) * itemsize
             window = self._mpi.Win.Allocate_shared(size if node.rank == 0 else 0, itemsize, comm=node)
             buffer, _ = window.Shared_query(0)
-            view = np.ndarray(shape, np.dtype(dtype), buffer=memoryview(buffer))
+            view = np.ndarray(shape, np.dtype(dtype), buffer=memoryview(buffer))  # type: ignore[arg-type]
             if node.rank == 0:
                 assert arrays is not None
                 view[...] = arrays.pop(name)
