@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from feddip_mpi import checkpoint, config, federation, hdf5, metrics, rounds, runtime, server
+from feddip_mpi import checkpoint, config, federation, hdf5, masks, methods, metrics, rounds, runtime, server
 from feddip_mpi.checkpoint import Loaded, Snapshot
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
@@ -61,7 +61,9 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             hdf5.write_text(self.config, config.to_yaml(settings))
         except OSError as error:
-            raise InputError(f"--out {self.path}: cannot be created ({error}); name a folder you may write to") from None
+            raise InputError(
+                f"--out {self.path}: cannot be created ({error}); name a folder you may write to"
+            ) from None
 
     def require_free(self) -> None:
         if self.path.is_dir() and any(self.path.iterdir()):
@@ -315,15 +317,22 @@ class FolderSaver:
             try:
                 checkpoint.save(path, self._snapshot(state, history), residuals)
                 settings = self._built.config.checkpoint
-                final = self._built.config.sparsity.final
-                checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, final)
+                checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity())
             except (OSError, RuntimeError) as caught:
                 reason = " ".join(str(caught).split())
-                error = FeddipError(f"{path}: cannot be saved ({reason}); earlier checkpoints are untouched: free space, resume")
+                error = FeddipError(
+                    f"{path}: cannot be saved ({reason}); earlier checkpoints are untouched: free space, resume"
+                )
         for _ in residuals:  # the other ranks send until the last client, also when rank 0 has failed
             pass
         comm.check(error)
         self._last_save = time.monotonic()
+
+    def _final_sparsity(self) -> float:
+        """Share of zeros of a finished model, in whole weights; 0 for a method that does not prune."""
+        settings, size = self._built.config, self._built.layout.prunable
+        asked = settings.sparsity.final if methods.METHODS[settings.method].prunes else 0.0
+        return (size - masks.kept_count(size, asked)) / max(1, size)
 
     def _stream(self, state: State) -> Iterator[tuple[int, Residual]]:
         comm = self._built.comm
