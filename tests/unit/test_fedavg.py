@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from feddip_mpi import config, federation, masks, rounds
+from feddip_mpi import checkpoint, config, federation, masks, rounds, session
 from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, NumericalError
 from feddip_mpi.federation import Federation
@@ -218,6 +219,26 @@ def test_snip_keeps_the_largest_saliency_of_the_mean_loss() -> None:
     saliency = (mean * built.initial)[: built.layout.prunable].abs()
     mask = rounds.initial_state(built).server.mask
     assert saliency[mask].min() >= saliency[~mask].max() * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "feddip"])
+def test_the_best_finished_model_is_kept_also_where_nothing_is_pruned(method: str, tmp_path: Path) -> None:
+    values = {**pruning().model_dump(mode="json"), "method": method, "rounds": 4}
+    values["sparsity"] = {"initial": 0.1, "final": 0.55}  # of a few hundred weights: reached to one weight, not to 1e-4
+    values["mask"] = {"every": 1, "freeze_after": 0.5}
+    values["checkpoint"] = {"every": 1, "keep": 1}
+    built = federation.build(config.validate(values), Alone(), torch.device("cpu"))
+    folder = session.RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    saver = session.FolderSaver(built, folder, "2026-01-02T03:04:05+0000")
+    state, history = rounds.initial_state(built), []
+    for t, accuracy in enumerate([0.9, 0.8, 0.7, 0.6]):
+        history.append({**rounds.play(built, state, plan_round(built.config, t)), "test_accuracy": accuracy})
+        saver.save(state, history)
+    # FedDIP reaches its sparsity with round 2, what is better before does not count.
+    best = 1 if method == "fedavg" else 2
+    assert [path.name for path in checkpoint.listed(folder.checkpoints)] == [f"round-{r:06d}.h5" for r in (best, 4)]
+    assert (built.layout.prunable - masks.kept_count(built.layout.prunable, 0.55)) / built.layout.prunable < 0.5499
 
 
 def test_a_run_that_diverges_names_client_and_round() -> None:

@@ -126,7 +126,7 @@ def test_a_pruned_weight_comes_back_with_memory_off_when_one_update_is_large_eno
     assert server.step(before, push, plan(), "published")[0].mask.tolist() == [True, False]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_published_masks_nest(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 12))
