@@ -43,7 +43,7 @@ WRONG = [
     ("upload.regrow_schedule", "cubic"), ("upload.regrow_rounds", "none"), ("upload.residual", "forget"),
     ("upload.residual_decay", "1.5"), ("eval.every", "0"), ("eval.batch_size", "0"), ("eval.clients", "some"),
     ("checkpoint.every", "0"), ("checkpoint.keep", "0"), ("checkpoint.best", "worst"), ("checkpoint.minutes", "0"),
-    ("checkpoint.minutes", "yes"),
+    ("checkpoint.minutes", "yes"), ("checkpoint.minutes", ".inf"), ("checkpoint.minutes", ".nan"),
 ]  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def test_views_cover_whole_tensors_of_a_prefix(length: str, tensors: int) -> Non
     assert len(views) == tensors
     assert torch.equal(torch.cat([view.reshape(-1) for view in views]), vector)
     assert [tuple(view.shape) for view in views] == list(layout.shapes[:tensors])
+    assert len(layout.views(vector[:-1])) == tensors - 1
     views[1].zero_()
     assert not vector[layout.offsets[1] : layout.offsets[1] + layout.sizes[1]].any()
 
