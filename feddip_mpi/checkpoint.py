@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class Loaded:
     class_names: tuple[str, ...]
 
 
-def load(path: Path, verify: bool = True) -> Loaded:
+def load(path: Path) -> Loaded:
     """Read everything but the residuals (see `read_residuals`).
 
     Raises:
@@ -172,8 +173,6 @@ def load(path: Path, verify: bool = True) -> Loaded:
     """
     with hdf5.open_file(path) as reader:
         attributes = check_format(reader)
-        if verify:
-            reader.verify()
         try:
             return _read(path, reader, attributes)
         except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
@@ -349,13 +348,20 @@ def prune_old(folder: Path, keep: int, keep_best: bool, final_sparsity: float) -
 
 def _final_accuracy(path: Path, final_sparsity: float) -> float | None:
     """Test accuracy of a checkpoint whose model is as sparse as the final one; None if it is not, or is damaged."""
+    found = path.stat()
+    accuracy, reached = _scores(path, found.st_mtime_ns, found.st_size)
+    return accuracy if reached >= final_sparsity - 1e-4 and accuracy == accuracy else None
+
+
+@lru_cache(maxsize=64)
+def _scores(path: Path, modified_ns: int, size: int) -> tuple[float, float]:
+    """Test accuracy and sparsity of a file; NaN if it is damaged. A file that stays the same is read once."""
     try:
         with hdf5.open_file(path) as reader:
             attributes = reader.attributes()
-            accuracy, reached = attributes["test_accuracy"], attributes["sparsity"]
+            return float(attributes["test_accuracy"]), float(attributes["sparsity"])
     except (DamagedFileError, KeyError):
-        return None
-    return float(accuracy) if reached >= final_sparsity - 1e-4 and accuracy == accuracy else None
+        return float("nan"), float("nan")
 
 
 def _or_nan(value: float | None) -> float:

@@ -145,6 +145,28 @@ class UploadConfig(_Section):
     residual_decay: float = Field(0.9, ge=0, le=1, description="factor per absent round (upload.residual: decay)")
 
 
+class ControlConfig(_Section):
+    """Adaptive control: the coordinator changes the plan by what the rounds measured (`control.py`)."""
+
+    mask_delay: int = Field(
+        0,
+        ge=0,
+        description="rounds a due mask update may wait for the model to recover from the last one; 0: never waits",
+    )
+    loss_tolerance: float = Field(
+        1.05,
+        ge=1,
+        le=100,
+        description="recovered: the train loss is at most this times the loss before the last update",
+    )
+    pruning_error: float | None = Field(
+        None, gt=0, lt=1, description="the penalty is scaled to hold the pruning error of a cut near this; none: never"
+    )
+    upload_bytes: int | None = Field(
+        None, ge=1, description="regrow is scaled down while a participant's mean upload is above this; none: never"
+    )
+
+
 class EvalConfig(_Section):
     """Evaluation of the truly pruned model on the test images."""
 
@@ -189,6 +211,7 @@ class Config(_Section):
     mask: MaskConfig = Field(default_factory=MaskConfig, description="the mask")
     penalty: PenaltyConfig = Field(default_factory=PenaltyConfig, description="the penalty schedule")
     upload: UploadConfig = Field(default_factory=UploadConfig, description="the upload")
+    control: ControlConfig = Field(default_factory=ControlConfig, description="adaptive control, off by default")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")

@@ -1,4 +1,7 @@
-"""The only module that opens HDF5. A file is complete or absent, and every array in it carries a checksum.
+"""The only module that opens HDF5. A file is complete or absent, and every byte of it is under a checksum.
+
+The HDF5 library may loop for ever or crash on a damaged file, so a file is compared with the checksum in its user block
+(the 512 bytes before the HDF5 data, which other HDF5 programs skip) before the library sees it.
 
 Layout-free: it knows groups, datasets and attributes; what they mean is `checkpoint.py`'s business.
 """
@@ -12,11 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from feddip_mpi.errors import DamagedFileError, InputError
+
+_SEAL_BYTES = 512  # of the user block; HDF5 allows powers of two from 512
+_SEAL_TITLE = b"feddip-mpi sealed HDF5\n"
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def write(
 
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(temporary, "w", userblock_size=_SEAL_BYTES) as file:
             for item in items:
                 dataset = file.create_dataset(item.name, data=item.array)
                 for key, value in item.attributes.items():
@@ -62,10 +69,53 @@ def write(
             file.attrs["digest"] = digest
             file.flush()
             file.attrs["complete"] = True
+        _seal(temporary)
         replace_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def _seal(path: Path) -> None:
+    """Write length and SHA-256 of all that follows the user block into it."""
+    with open(path, "r+b") as file:
+        file.seek(_SEAL_BYTES)
+        length, digest = _hash_rest(file)
+        text = _SEAL_TITLE + f"sha256 {digest}\nbytes {length}\n".encode()
+        file.seek(0)
+        file.write(text.ljust(_SEAL_BYTES, b"\n"))
+
+
+def _hash_rest(file: BinaryIO) -> tuple[int, str]:
+    """Length and SHA-256 of the file from where it stands to its end."""
+    digest, length = hashlib.sha256(), 0
+    while block := file.read(_READ_BYTES):
+        digest.update(block)
+        length += len(block)
+    return length, digest.hexdigest()
+
+
+def check_seal(path: Path) -> None:
+    """Compare a file with the checksum in its user block, before the HDF5 library sees it.
+
+    Raises:
+        DamagedFileError: not written by `write`, cut short or altered.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_SEAL_BYTES)
+            length, digest = _hash_rest(file)
+    except OSError as error:
+        raise DamagedFileError(f"{path}: cannot be read ({error.strerror})") from None
+    if not head.startswith(_SEAL_TITLE):
+        raise DamagedFileError(f"{path}: not a file of this program, or damaged at its beginning")
+    if head == (_SEAL_TITLE + f"sha256 {digest}\nbytes {length}\n".encode()).ljust(_SEAL_BYTES, b"\n"):
+        return
+    stated = head.split(b"\nbytes ")[-1].strip()
+    if stated.isdigit() and int(stated) != length:
+        size, expected = length + _SEAL_BYTES, int(stated) + _SEAL_BYTES
+        raise DamagedFileError(f"{path}: truncated or damaged, {size} bytes long instead of {expected}")
+    raise DamagedFileError(f"{path}: does not match its checksum (SHA-256); truncated or damaged")
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
@@ -153,12 +203,13 @@ def open_file(path: Path) -> Iterator[Reader]:
 
     Raises:
         InputError: there is no such file.
-        DamagedFileError: it is no HDF5 file, cannot be read, or was never finished.
+        DamagedFileError: it was not written by `write`, is not as it was written, or was never finished.
     """
     import h5py
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a checkpoint such as runs/NAME/checkpoints/round-000100.h5")
+    check_seal(path)
     with _guard(path):
         file = h5py.File(path, "r")
     try:

@@ -43,6 +43,9 @@ FIELDS: dict[str, Field] = {
     "mask_updated": Field("int", "config", "1 if the mask was renewed"),
     "mask_grown": Field("int", "config", "weights that entered the mask"),
     "mask_pruned": Field("int", "config", "weights that left the mask"),
+    "mask_delayed": Field("int", "config", "1 if adaptive control let a due mask update wait"),
+    "penalty_scale": Field("float", "config", "factor of adaptive control in lambda_t"),
+    "regrow_scale": Field("float", "config", "factor of adaptive control on the regrow share"),
     "train_loss": Field("float", "config", "cross-entropy of the participants' batches, weighted by images"),
     "test_loss": Field(
         "float", "config", "cross-entropy of the pruned model on the test images; null if not evaluated"

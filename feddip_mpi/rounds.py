@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from feddip_mpi import codec, evaluate, masks, methods, metrics, placement, residuals, server, streams
+from feddip_mpi import codec, control, evaluate, masks, methods, metrics, placement, residuals, server, streams
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.errors import FeddipError, NumericalError, PeerError
 from feddip_mpi.federation import Federation
@@ -82,7 +82,9 @@ def run(
     config, comm = federation.config, federation.comm
     while state.server.round < config.rounds:
         started = time.perf_counter()
-        plan = RoundPlan.from_json(comm.broadcast(plan_round(config, state.server.round, saver.overdue()).to_json()))
+        # Rank 0's plan counts: it alone has the history of a resumed run, and its clock says what is overdue.
+        own = plan_round(config, state.server.round, saver.overdue(), control.decide(config, history))
+        plan = RoundPlan.from_json(comm.broadcast(own.to_json()))
         record = play(federation, state, plan)
         history.append(record)
         stop = comm.any(stop_requested()) and not _is_last(federation, state)
@@ -369,6 +371,9 @@ def _record(
         "mask_updated": int(plan.update_mask),
         "mask_grown": step.grown,
         "mask_pruned": step.pruned,
+        "mask_delayed": int(plan.mask_delayed),
+        "penalty_scale": plan.penalty_scale,
+        "regrow_scale": plan.regrow_scale,
         "train_loss": float((loss * samples).sum() / samples.sum()),
         **_score_fields(scores),
         "update_norm": step.update_norm,

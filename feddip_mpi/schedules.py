@@ -63,7 +63,7 @@ def learning_rate(config: Config, t: int) -> float:
     return config.learning_rate * config.learning_rate_decay**t
 
 
-def regrow(config: Config, finished: int) -> float:
+def regrow(config: Config, finished: int, update_mask: bool) -> float:
     """Coordinates to send from outside the mask, as a fraction of the kept ones, in the round that ends as `finished`.
 
     After the last mask update nothing sent could enter the mask, so nothing is sent.
@@ -71,7 +71,7 @@ def regrow(config: Config, finished: int) -> float:
     last = last_mask_update(config.rounds, config.mask.freeze_after)
     if finished > last or config.server_memory == "published":
         return 0.0
-    if config.upload.regrow_rounds == "mask_updates" and not updates_mask(finished, config.mask.every, last):
+    if config.upload.regrow_rounds == "mask_updates" and not update_mask:
         return 0.0
     scale = 1.0 if config.upload.regrow_schedule == "constant" else 1 - finished / last
     return config.upload.regrow * scale
@@ -81,6 +81,25 @@ def participants(config: Config, t: int) -> tuple[int, ...]:
     """K of the N clients, drawn without replacement, in ascending order."""
     draw = stream(config.seed, "participants", t).choice(config.clients, config.participants, replace=False)
     return tuple(sorted(int(client) for client in draw))
+
+
+@dataclass(frozen=True)
+class Control:
+    """What adaptive control changes in a round; the default changes nothing.
+
+    Attributes:
+        penalty_scale, regrow_scale: factors on lambda_t and on the regrow share.
+        mask_waits: a mask update that is due does not take place.
+        mask_due: a mask update that has waited is due.
+    """
+
+    penalty_scale: float = 1.0
+    regrow_scale: float = 1.0
+    mask_waits: bool = False
+    mask_due: bool = False
+
+
+NO_CONTROL = Control()
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,8 @@ class RoundPlan:
         dense_upload: every prunable coordinate travels.
         participants: client ids in ascending order.
         evaluate, checkpoint: whether the round ends with an evaluation, with a checkpoint.
+        penalty_scale, regrow_scale: what adaptive control has multiplied lambda_t and the regrow share by.
+        mask_delayed: adaptive control lets a due mask update wait.
     """
 
     round: int
@@ -108,6 +129,9 @@ class RoundPlan:
     participants: tuple[int, ...]
     evaluate: bool
     checkpoint: bool
+    penalty_scale: float = 1.0
+    regrow_scale: float = 1.0
+    mask_delayed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,23 +141,27 @@ class RoundPlan:
         return cls(**{**values, "participants": tuple(values["participants"])})
 
 
-def plan_round(config: Config, t: int, overdue: bool = False) -> RoundPlan:
-    """The plan of round t; `overdue`: a checkpoint is asked for by the clock."""
+def plan_round(config: Config, t: int, overdue: bool = False, control: Control = NO_CONTROL) -> RoundPlan:
+    """The plan of round t; `overdue`: a checkpoint is asked for by the clock; `control`: see `control.decide`."""
     finished = t + 1
     last_round = finished == config.rounds
     prunes = config.method in METHODS_THAT_PRUNE
     last_update = last_mask_update(config.rounds, config.mask.freeze_after)
-    update_mask = prunes and updates_mask(finished, config.mask.every, last_update)
+    due = updates_mask(finished, config.mask.every, last_update) or control.mask_due
+    update_mask = prunes and due and not control.mask_waits
     mode = config.upload.mode
     return RoundPlan(
         round=t,
         learning_rate=learning_rate(config, t),
-        penalty=penalty(config.penalty, t, config.rounds) if prunes else 0.0,
+        penalty=control.penalty_scale * penalty(config.penalty, t, config.rounds) if prunes else 0.0,
         sparsity=sparsity(config.sparsity, finished, last_update) if prunes else 0.0,
         update_mask=update_mask,
-        regrow=regrow(config, finished) if prunes and mode == "masked" else 0.0,
+        regrow=control.regrow_scale * regrow(config, finished, update_mask) if prunes and mode == "masked" else 0.0,
         dense_upload=mode == "dense" or (mode == "dense_at_mask_updates" and update_mask),
         participants=participants(config, t),
         evaluate=last_round or finished % config.eval.every == 0,
         checkpoint=last_round or overdue or finished % config.checkpoint.every == 0,
+        penalty_scale=control.penalty_scale,
+        regrow_scale=control.regrow_scale,
+        mask_delayed=control.mask_waits,
     )

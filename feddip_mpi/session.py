@@ -231,6 +231,9 @@ def _play(built: Federation, folder: RunFolder, state: State, history: list[Reco
             sink.append(record)
             progress.show(record)
             log.info("%s", terminal.line(record, built.config.rounds))
+            if record["mask_delayed"] or (record["penalty_scale"], record["regrow_scale"]) != (1.0, 1.0):
+                chosen = {name: record[name] for name in ("mask_delayed", "penalty_scale", "regrow_scale")}
+                log.info("adaptive control in round %d: %s", record["round"], chosen)
 
     try:
         stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested)

@@ -147,6 +147,11 @@ def test_every_round_can_be_the_last_before_a_stop(config: Path, tmp_path: Path)
         "upload__rounding": "stochastic",
         "upload__residual": "decay",
         "mask__every": 2,
+        # Adaptive control decides by the history, which a resumed run has from the checkpoint.
+        "control__mask_delay": 1,
+        "control__loss_tolerance": 1.0,
+        "control__pruning_error": 0.05,
+        "control__upload_bytes": 20000,
     }
     commands = [{"argv": runs.train(config, tmp_path / "whole", **changes)}]
     codes = [0]

@@ -102,8 +102,35 @@ def test_every_flipped_byte_of_every_array_is_noticed(tmp_path: Path) -> None:
             altered = bytearray(whole)
             altered[position] ^= 1 << (position % 8)
             path.write_bytes(altered)
+            hdf5._seal(path)  # as if it had been altered before it was sealed
             with hdf5.open_file(path) as reader, pytest.raises(DamagedFileError, match=f"'{name}'.*checksum"):
                 reader.array(name)
+
+
+def test_damage_is_refused_before_the_library_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flipped byte can send the HDF5 library into an endless loop (a heap object of length 0, for one)."""
+    path = written(tmp_path)
+    whole = path.read_bytes()
+    monkeypatch.setattr(h5py, "File", None)  # whoever calls it fails with a TypeError
+    for position in range(0, len(whole), 7):
+        altered = bytearray(whole)
+        altered[position] ^= 1 + position % 255
+        path.write_bytes(altered)
+        with pytest.raises(DamagedFileError, match="file.h5"), hdf5.open_file(path):
+            pass
+    for length in (0, 1, 511, 512, 513, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedFileError, match="not a file of this program|truncated"), hdf5.open_file(path):
+            pass
+    path.write_bytes(whole + b"more")
+    with pytest.raises(DamagedFileError, match=f"{len(whole) + 4} bytes long instead of {len(whole)}"):
+        hdf5.check_seal(path)
+
+
+def test_other_programs_read_the_file(tmp_path: Path) -> None:
+    with h5py.File(written(tmp_path), "r") as file:
+        assert file.userblock_size == 512
+        assert file["a/weights"][0, 0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["format", "name", "digest", "shape"])
@@ -115,6 +142,7 @@ def test_altered_attributes_are_noticed(tmp_path: Path, name: str) -> None:
                 del file.attrs[name]
             else:
                 file.attrs[name] = change
+        hdf5._seal(path)
         with hdf5.open_file(path) as reader, pytest.raises(DamagedFileError, match="do not match the digest"):
             reader.verify()
 
@@ -136,6 +164,7 @@ def test_added_removed_and_renamed_datasets_are_noticed(tmp_path: Path) -> None:
                 file.move("a/mask", "tmp")
                 file.move("b/scalar", "a/mask")
                 file.move("tmp", "b/scalar")
+        hdf5._seal(path)
         with hdf5.open_file(path) as reader, pytest.raises(DamagedFileError):
             reader.verify()
 
@@ -160,6 +189,11 @@ def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
             pass
     with h5py.File(path, "w") as file:
         file["theirs"] = [1, 2, 3]
+    with pytest.raises(DamagedFileError, match="not a file of this program"), hdf5.open_file(path):
+        pass
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file["theirs"] = [1, 2, 3]
+    hdf5._seal(path)
     with pytest.raises(DamagedFileError, match="only in part"), hdf5.open_file(path):
         pass
 

@@ -16,7 +16,7 @@ def plan(*overrides: str) -> tuple[config.Config, int, int, list[planning.Row]]:
 
 
 def test_rows_by_hand() -> None:
-    _, prunable, other, rows = plan("upload.regrow=0", "sparsity.schedule=linear")
+    _, prunable, other, rows = plan("upload.regrow=0", "sparsity.schedule=linear", "mask.initial=erk")
     assert [row["round"] for row in rows] == list(range(1, 13))
     assert [row["round"] for row in rows if row["mask_update"]] == [3, 6, 9, 12]
     asked = [0.5 + 0.4 * finished / 12 for finished in (3, 6, 9, 12)]
