@@ -55,7 +55,7 @@ class DeviceData:
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 or float [B, C, H, W] as normalised float32, on the CPU in channels-last memory order.
 
-        There convolution and pooling then run channels last too: 1.3 times the LeNet-5 step (docs/results).
+        There convolution and pooling then run channels last too: 1.3 times the LeNet-5 step (docs/results/step.json).
         """
         if images.device.type != "cpu":
             return (images.to(torch.float32) - self.mean) / self.std

@@ -43,7 +43,7 @@ def select_largest(magnitude: Tensor, count: int) -> Tensor:
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
     if values.device.type == "cpu":
-        # numpy's introselect needs a third of the time of torch.topk at 23 M values (docs/results).
+        # numpy's introselect needs a third of the time of torch.topk at 23 M values (docs/results/step.json).
         position = values.numel() - k
         return torch.from_numpy(np.partition(values.numpy(), position)[position : position + 1])[0]
     return torch.topk(values, k, sorted=False).values.min()

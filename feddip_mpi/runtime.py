@@ -45,7 +45,7 @@ def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None
     """Refuse a launch in which every process believes that it is alone.
 
     `srun` without the right PMI, or the mpirun of another MPI, starts P programs of one rank each; all exit 0 and
-    each overwrites the other's files (measured with Open MPI and MPICH, docs/clusters.md).
+    each overwrites the other's files (measured with Open MPI and MPICH, docs/sharp-bits.md).
     """
     launched, variable = launched_ranks(environment)
     if size > 1 or launched <= 1:
@@ -71,7 +71,7 @@ def prepare_mpi() -> None:
 
 
 def local_rank(rank: int, node_rank: int, environment: Mapping[str, str] = os.environ) -> int:
-    """This rank's place on its node, by the rule that held for every launcher tried (docs/clusters.md)."""
+    """This rank's place on its node, by the rule that held for every launcher tried (docs/sharp-bits.md)."""
     return local_rank_and_rule(rank, node_rank, environment)[0]
 
 

@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def finished(self) -> Path:
-        """Exists exactly when the run is complete: an exit code of mpirun proves nothing (docs/clusters.md)."""
+        """Exists exactly when the run is complete: an exit code of mpirun proves nothing (docs/sharp-bits.md)."""
         return self.path / "finished.json"
 
     @property
