@@ -303,7 +303,19 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML text that `parse` reads back to an equal Config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(config), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True)
+
+
+class _ExactDumper(yaml.SafeDumper):
+    """SafeDumper that escapes Unicode's own line breaks: PyYAML writes them bare, and YAML folds them into spaces."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(character in "\x85\u2028\u2029" for character in text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_ExactDumper.add_representer(str, _represent_text)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from feddip_mpi import config
@@ -228,6 +228,7 @@ def test_overrides_of_a_resumed_run() -> None:
     assert config.override(base, ["seed=5"]).seed == 5
 
 
+@example(0, 1.0, "on", "a\x85b\u2028\u2029\r\n\ufeff\t c ", (1, 1, 1), False, ["\x85", "\u2028"], "off")
 @given(
     st.integers(0, 2**63 - 1), st.floats(1e-300, 1e3), st.sampled_from(["on", "off", "published"]),
     st.text(max_size=20), st.tuples(st.integers(1, 9), st.integers(1, 99), st.integers(1, 99)), st.booleans(),
