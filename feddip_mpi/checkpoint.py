@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Snapshot:
         created: ISO 8601 time at which the run began.
         mean, std: normalisation per channel, in units of pixel / 255; whoever uses the model needs them.
         class_names: one per class, or none.
+        memories: float32 arrays that the server keeps besides W: "reference" [P] (upload.residual: ef21) and "owed"
+            [kept weights] (download.values), where there are any.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class Snapshot:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+    memories: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def path_of(folder: Path, round: int) -> Path:
@@ -113,6 +116,8 @@ def _items(snapshot: Snapshot, residuals: Iterable[tuple[int, Residual]]) -> Ite
         yield Item(f"model/masks/{name}", masks.pack(part), {"shape": np.array(shape)})
     if snapshot.class_names:  # a dataset: an attribute may not pass 64 KiB
         yield Item(_CLASS_NAMES, np.array([name.encode() for name in snapshot.class_names]))
+    for name, values in snapshot.memories.items():
+        yield Item(f"server/{name}", values)
     yield Item("partition/histogram", snapshot.histogram)
     for name, column in metrics.columns(snapshot.history).items():
         yield Item(f"history/{name}", column, {"depends_on": metrics.FIELDS[name].depends_on})
@@ -162,6 +167,7 @@ class Loaded:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    memories: dict[str, np.ndarray]
 
 
 def load(path: Path) -> Loaded:
@@ -204,7 +210,7 @@ def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
     names = (*parameters, *buffers)
     flat = [torch.from_numpy(tensors[name].reshape(-1)) for name in names]
     parts = [masks.unpack(packed[name], tensors[name].size) for name in prunable]
-    server = Server(
+    server = Server.of(
         round=attributes["round"],
         weights=torch.cat(flat),
         mask=torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool),
@@ -232,6 +238,7 @@ def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
         mean=tuple(normalisation["mean"]),
         std=tuple(normalisation["std"]),
         class_names=_class_names(reader),
+        memories={name.removeprefix("server/"): reader.array(name) for name in reader.names("server/")},
     )
 
 

@@ -1,44 +1,53 @@
-"""One client's update as a payload of bytes, and back. Pure: knows no rank and no file.
+"""One client's update as messages of bytes, and back. Pure: knows no rank and no file.
 
-What travels (docs/method.md, "Upload"): the in-mask values without indices, since both sides know the mask; some
-off-mask values with their indices; everything that is not prunable as float32. The law of error feedback holds by
-construction, because the residual is computed from what the *decoder* returns:
+What travels (docs/method.md, "Upload"): the in-mask values without indices, since both sides know the mask, with
+everything that is not prunable as float32 (the `support` message); in some rounds a few off-mask values with their
+indices (the `regrow` message). The law of error feedback holds by construction, because the residual is computed
+from what the *decoder* returns:
 
-    decode(payload) + residual == update + old residual
+    decode(messages) + residual == update + old residual
 
 exactly for values sent as fp32, to one float32 rounding for the others.
 
 Each off-mask coordinate of a client's update is carried by exactly one of two memories: by the server's (dense
 memory W) once it was sent, by the client's residual until then.
+
+A message can be framed whole or in slices of the coordinates (for an exchange in which each rank owns a slice).
+Quantisation is decided for the whole message, so any slicing decodes to the same bits.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from feddip_mpi import masks
+from feddip_mpi import entropy, indices, masks, values
 from feddip_mpi.errors import PeerError
+from feddip_mpi.support import Support
+from feddip_mpi.values import Coded
+
+SUPPORT, REGROW = 0, 1  # kinds of messages
+AGGREGATE = 2**32 - 1  # in a client's place: the sum that an owner of a slice hands on
 
 _MAGIC = b"FDIP"
-_VERSION = 1
-# magic, version, value type, dense flag, pad; round, client, mask digest; in-mask, off-mask, other counts; CRC of
-# all of these and of the body.
-_HEADER = struct.Struct("<4sBBBxIIIQQQI")
+_VERSION = 2
+# magic, version, kind, value type, flags, index coding, its parameter, phase; round, client, mask digest; first and
+# last coordinate, values; bytes of indices; CRC of all of these and of the body.
+_HEADER = struct.Struct("<4sBBBBBBHIIIQQQII")
 _CRC = struct.Struct("<I")
-_VALUE_TYPES = ("fp32", "fp16", "bf16", "int8", "int4")
-_BLOCK = {"int8": 256, "int4": 64}
-_LEVELS = {"int8": 127, "int4": 7}
+_DENSE, _COMPRESSED, _COMPLEMENT = 1, 2, 4
+FRAME_BYTES = _HEADER.size
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of a payload (or of many) by kind."""
+    """Bytes of a frame (or of many) by kind."""
 
     values: int = 0
     indices: int = 0
@@ -58,223 +67,296 @@ class Upload:
     """What both ends agree on before a client encodes.
 
     Attributes:
-        values: value type of the prunable coordinates.
+        values: value type of the prunable coordinates (values.KINDS).
         stochastic: round quantised values up or down at random (unbiased) instead of to the nearest.
         dense: all prunable coordinates travel; otherwise those in the mask and `regrow` others.
         regrow: coordinates sent from outside the mask: those with the largest |update + residual|.
+        compress: pass the values through an entropy coder where that makes them shorter.
     """
 
     values: str = "fp32"
     stochastic: bool = False
     dense: bool = False
     regrow: int = 0
+    compress: bool = False
 
-
-def encode(
-    total: Tensor, mask: Tensor, upload: Upload, round: int, client: int, generator: np.random.Generator
-) -> tuple[np.ndarray, Tensor]:
-    """Compress update + old residual.
-
-    Args:
-        total: float32 [n], update plus old residual, finite.
-        mask: bool [P] with P <= n, on the same device.
-        upload: what to send and how.
-        round, client: travel in the frame.
-        generator: random stream for stochastic rounding.
-
-    Returns:
-        payload uint8 [bytes] on the CPU, and the new residual float32 [P]: total[:P] minus what `decode` returns.
-    """
-    size = mask.numel()
-    prunable = total[:size]
-    support = torch.ones_like(mask) if upload.dense else mask
-    extra = _off_mask_indices(prunable, mask, upload)
-    in_values = prunable[support]
-    off_values = prunable[extra]
-    body_in, sent_in = _pack_values(in_values, upload, generator)
-    body_off, sent_off = _pack_values(off_values, upload, generator)
-    residual = prunable.clone()
-    residual[support] = in_values - sent_in
-    residual[extra] = off_values - sent_off
-    indices = extra.to(torch.int32).cpu().numpy().view(np.uint8)
-    body = np.concatenate([body_in, indices, body_off, _bytes_of(total[size:])])
-    header = _HEADER.pack(
-        _MAGIC, _VERSION, _VALUE_TYPES.index(upload.values), upload.dense, round, client, masks.digest(mask),
-        in_values.numel(), extra.numel(), total.numel() - size, 0,
-    )[:-_CRC.size]  # fmt: skip
-    payload = np.concatenate([np.frombuffer(header + bytes(_CRC.size), np.uint8), body])
-    payload[len(header) : _HEADER.size] = np.frombuffer(_CRC.pack(_checksum(payload)), np.uint8)
-    return payload, residual
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The messages that every client sends, in their order."""
+        return (SUPPORT,) if self.dense or not self.regrow else (SUPPORT, REGROW)
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A payload read back: who sent it, what it says (float32 [n], zero where nothing was sent), bytes by kind."""
+class Message:
+    """What a client (or the owner of a slice of the sum) sends, before it is cut into frames.
 
+    Attributes:
+        kind: SUPPORT or REGROW.
+        round, client: of whom it speaks.
+        support: whose kept coordinates travel without indices.
+        size: n, length of the flat vector.
+        coded: the values; those of a SUPPORT message begin with the `first`-th kept coordinate.
+        first: see above; a multiple of values.BLOCK where the values are quantised.
+        indices: int64 ascending, coordinates of a REGROW message's values.
+        other: float32 [n - P], of a SUPPORT message; empty where a slice ends before.
+        dense: the support is the whole vector in spite of the mask.
+        compress: see Upload.
+    """
+
+    kind: int
+    round: int
     client: int
-    update: Tensor
+    support: Support
+    size: int
+    coded: Coded
+    first: int
+    indices: Tensor
+    other: Tensor
+    dense: bool
+    compress: bool
+
+    def frame(self, lo: int = 0, hi: int | None = None) -> np.ndarray:
+        """The part that concerns the coordinates lo..hi as uint8 [bytes] on the CPU."""
+        return self.framed(lo, hi)[0]
+
+    def framed(self, lo: int = 0, hi: int | None = None) -> tuple[np.ndarray, Bytes]:
+        """See `frame`; and its bytes by kind."""
+        hi = self.size if hi is None else hi
+        if self.kind == SUPPORT:
+            start, stop = (self.support.rank(bound) - self.first for bound in (lo, hi))
+            places, coding = None, (0, 0, 0)
+            tail = self.other[max(0, lo - self.support.size) : max(0, hi - self.support.size)]
+        else:
+            start, stop = torch.searchsorted(self.indices, torch.tensor([lo, hi], device=self.indices.device)).tolist()
+            coded = indices.pack(self.indices[start:stop] - lo, min(hi, self.support.size) - min(lo, self.support.size))
+            places, coding = coded.data, (coded.coding, coded.parameter, _COMPLEMENT * coded.complement)
+            tail = self.other[:0]
+        body, phase = self.coded.packed(start, stop)
+        packed, compressed = entropy.shorter(_to_host(body)) if self.compress else (_to_host(body), False)
+        index_bytes = _to_host(places) if places is not None else np.zeros(0, np.uint8)
+        flags = _DENSE * self.dense | _COMPRESSED * compressed | coding[2]
+        header = _HEADER.pack(
+            _MAGIC, _VERSION, self.kind, values.KINDS.index(self.coded.kind), flags, coding[0], coding[1], phase,
+            self.round, self.client, self.support.digest, lo, hi, stop - start, index_bytes.size, 0,
+        )[: -_CRC.size]  # fmt: skip
+        other = _to_host(values.as_bytes(tail))
+        frame = np.concatenate([np.frombuffer(header + bytes(_CRC.size), np.uint8), index_bytes, packed, other])
+        frame[len(header) : _HEADER.size] = np.frombuffer(_CRC.pack(_checksum(frame)), np.uint8)
+        return frame, Bytes(packed.size, index_bytes.size, other.size, _HEADER.size)
+
+
+def encode(
+    total: Tensor, support: Support, upload: Upload, round: int, client: int, generator: np.random.Generator
+) -> Iterator[Message]:
+    """Compress update + old residual, one message after the other; `total` becomes the new residual on the way.
+
+    The first message can be on its way while the second, which has to search the largest off-mask values, is made.
+
+    Args:
+        total: float [n], update plus old residual, finite. Changed: once the last message is out, total[:P] is the
+            new residual, total[:P] minus what `decode` returns.
+        support: of the server's mask, P <= n, on the same device.
+        upload: what to send and how.
+        round, client: travel in the frames.
+        generator: random stream for stochastic rounding.
+    """
+    carried = support.whole() if upload.dense else support
+    none = torch.zeros(0, dtype=torch.int64, device=total.device)
+    # Copies, not views: the message outlives what follows here.
+    inside = carried.take(total).clone() if carried.positions is None else carried.take(total)
+    coded = values.code(inside, upload.values, upload.stochastic, generator)
+    other = total[support.size :].to(torch.float32, copy=True)
+    yield Message(SUPPORT, round, client, carried, total.numel(), coded, 0, none, other, upload.dense, upload.compress)
+    carried.put(total, inside - coded.restored())
+    if REGROW not in upload.kinds:
+        return
+    count = min(upload.regrow, support.size - support.count)
+    chosen = masks.largest(total[: support.size], count, support.mask)
+    outside = total.index_select(0, chosen)
+    coded = values.code(outside, upload.values, upload.stochastic, generator)
+    yield Message(REGROW, round, client, carried, total.numel(), coded, 0, chosen, other[:0], False, upload.compress)
+    total.index_copy_(0, chosen, outside - coded.restored())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A frame read back.
+
+    Attributes:
+        kind, client: of the message; AGGREGATE for a slice of the sum.
+        lo, hi: the coordinates it speaks of.
+        values: float32 [count]; of a SUPPORT frame for the kept coordinates in lo..hi, in their order.
+        indices: int64 [count] ascending coordinates of a REGROW frame's values; empty otherwise.
+        other: float32, what lo..hi has of the tensors that are not prunable.
+        dense: the frame says that every prunable coordinate is kept.
+        bytes: of the frame, by kind.
+    """
+
+    kind: int
+    client: int
+    lo: int
+    hi: int
+    values: Tensor
+    indices: Tensor
+    other: Tensor
+    dense: bool
     bytes: Bytes
 
 
-def decode(payload: np.ndarray, mask: Tensor, size: int, round: int, mask_digest: int | None = None) -> Decoded:
-    """Read a payload back into a dense float32 [size] vector on the mask's device.
+def read(frame: np.ndarray, support: Support, size: int, round: int) -> Piece:
+    """Read a frame back, on the support's device.
+
+    Args:
+        frame: uint8 [bytes].
+        support: of this rank's mask.
+        size: n.
+        round: t, as counted from 0.
 
     Raises:
         PeerError: the frame is truncated, altered, from another round or made with another mask. It names client
             and round; nothing has been added to anything by then.
     """
-    head = _read_header(payload, round)
-    ours = masks.digest(mask) if mask_digest is None else mask_digest
-    if head.mask_digest != ours:
+    head = _read_header(frame, round)
+    if head.digest != support.digest:
         raise PeerError(
-            f"client {head.client}, round {round + 1}: encoded with another mask (digest {head.mask_digest:08x}, here "
-            f"{ours:08x}): the ranks' masks have drifted apart; resume from the last checkpoint"
+            f"{head.name(round)}: encoded with another mask (digest {head.digest:08x}, here {support.digest:08x}): the "
+            "ranks' masks have drifted apart; resume from the last checkpoint"
         )
-    prunable = mask.numel()
-    sections = _sections(head)
-    expected = _HEADER.size + sum(sections)
-    in_mask = prunable if head.dense else int(mask.sum())
-    if payload.size != expected or head.in_count != in_mask or head.other_count != size - prunable:
-        raise PeerError(
-            f"client {head.client}, round {round + 1}: payload of {payload.size} bytes does not fit this model "
-            f"({expected} expected)"
+    try:
+        return _read_body(frame, head, support.whole() if head.dense else support, size)
+    except ValueError as error:
+        raise PeerError(f"{head.name(round)}: a frame of {frame.size} bytes does not fit this model ({error})") from None
+
+
+def _read_body(frame: np.ndarray, head: _Header, carried: Support, size: int) -> Piece:
+    if not 0 <= head.lo <= head.hi <= size:
+        raise ValueError(f"coordinates {head.lo} to {head.hi} of {size}")
+    lo, hi = (min(bound, carried.size) for bound in (head.lo, head.hi))  # of the prunable ones
+    count = carried.rank(hi) - carried.rank(lo) if head.kind == SUPPORT else head.count
+    if head.count != count or not count <= hi - lo:
+        raise ValueError(f"{head.count} values, {count} expected")
+    other = 4 * (head.hi - head.lo - (hi - lo)) if head.kind == SUPPORT else 0
+    body = torch.from_numpy(frame[_HEADER.size :]).to(carried.mask.device)
+    ends = [head.index_bytes, body.numel() - other]
+    if not ends[0] <= ends[1]:
+        raise ValueError("sections overlap")
+    packed = body[ends[0] : ends[1]]
+    if head.compressed:
+        packed = entropy.restore(packed, values.packed_bytes(count, head.values, head.phase))
+    places = torch.zeros(0, dtype=torch.int64, device=body.device)
+    if head.kind == REGROW:
+        places = lo + indices.unpack(
+            body[: ends[0]].clone(), head.coding, head.parameter, head.complement, count, hi - lo
         )
-    body = payload[_HEADER.size :]
-    raw_in, raw_index, raw_off, raw_other = np.split(body, np.cumsum(sections)[:-1])
-    update = torch.zeros(size, dtype=torch.float32, device=mask.device)
-    in_values = _unpack_values(raw_in, head.in_count, head.values).to(mask.device)
-    if head.dense:
-        update[:prunable] = in_values
-    else:
-        update[:prunable][mask] = in_values
-    indices = torch.from_numpy(np.frombuffer(raw_index.tobytes(), np.int32).astype(np.int64)).to(mask.device)
-    if head.off_count and not (0 <= int(indices.min()) and int(indices.max()) < prunable):
-        raise PeerError(f"client {head.client}, round {round + 1}: an index lies outside the model")
-    update[indices] = _unpack_values(raw_off, head.off_count, head.values).to(mask.device)
-    update[prunable:] = _unpack_values(raw_other, head.other_count, "fp32").to(mask.device)
-    kinds = Bytes(values=sections[0] + sections[2], indices=sections[1], other=sections[3], frame=_HEADER.size)
-    return Decoded(head.client, update, kinds)
+    elif head.index_bytes:
+        raise ValueError("indices in a message without any")
+    return Piece(
+        kind=head.kind,
+        client=head.client,
+        lo=head.lo,
+        hi=head.hi,
+        # A section of its own: types of several bytes may not begin at any place of the frame.
+        values=values.unpack(packed.clone(), count, head.values, head.phase),
+        indices=places,
+        other=values.unpack(body[ends[1] :].clone(), other // 4, "fp32", 0),
+        dense=head.dense,
+        bytes=Bytes(ends[1] - ends[0], head.index_bytes, other, _HEADER.size),
+    )
 
 
-def _off_mask_indices(prunable: Tensor, mask: Tensor, upload: Upload) -> Tensor:
-    """Ascending int64 indices of the off-mask coordinates to send."""
-    count = 0 if upload.dense else min(upload.regrow, mask.numel() - int(mask.sum()))
-    if count == 0:
-        return torch.zeros(0, dtype=torch.int64, device=mask.device)
-    # In-mask entries get -1, below every magnitude, so that they are never chosen.
-    return masks.select_largest(prunable.abs().masked_fill(mask, -1.0), count).nonzero().squeeze(1)
+def decode(frames: Sequence[np.ndarray], support: Support, size: int, round: int) -> Tensor:
+    """What one client's frames say: float32 [n], zero where nothing was sent. See `read` for errors."""
+    update = torch.zeros(size, dtype=torch.float32, device=support.mask.device)
+    for frame in frames:
+        piece = read(frame, support, size, round)
+        carried = support.whole() if piece.dense else support
+        if piece.kind == SUPPORT:
+            kept = torch.arange(support.size, device=update.device) if carried.positions is None else carried.positions
+            update[kept[carried.rank(piece.lo) : carried.rank(piece.hi)]] = piece.values
+            update[max(piece.lo, support.size) : max(piece.hi, support.size)] = piece.other
+        else:
+            update[piece.indices] = piece.values
+    return update
 
 
-def _pack_values(values: Tensor, upload: Upload, generator: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-    """(bytes, the float32 values that `_unpack_values` will return) of float32 [m]."""
-    kind = upload.values
-    if kind == "fp32":
-        return _bytes_of(values), values
-    if kind in ("fp16", "bf16"):
-        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-        # Beyond the largest finite one of the type that one travels, and the residual keeps the rest.
-        largest = torch.finfo(dtype).max
-        low = values.clamp(-largest, largest).to(dtype)
-        return _bytes_of(low), low.to(torch.float32)
-    raw = _quantise(values, kind, upload.stochastic, generator)
-    return raw, _unpack_values(raw, values.numel(), kind).to(values.device)
+def expected_bytes(upload: Upload, kept: int, prunable: int, size: int) -> float:
+    """Length of one client's frames, from the counts alone (for plans and the cost model).
 
+    Exact but for the indices, whose coding depends on where they lie, and for `compress`, which is left out.
 
-def _unpack_values(raw: np.ndarray, count: int, kind: str) -> Tensor:
-    """float32 [count] on the CPU."""
-    if count == 0:
-        return torch.zeros(0)
-    data = torch.from_numpy(raw.copy())
-    if kind in ("fp32", "fp16", "bf16"):
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
-        return data.view(dtype).to(torch.float32)
-    block = _BLOCK[kind]
-    blocks = -(-count // block)
-    scales = data[: 2 * blocks].view(torch.bfloat16).to(torch.float32)
-    codes = data[2 * blocks :]
-    if kind == "int4":
-        codes = torch.stack([codes & 15, codes >> 4], dim=1).reshape(-1)[:count].to(torch.int8) - 8
-    levels = codes.view(torch.int8).to(torch.float32)
-    return (_padded(levels, block) * scales[:, None]).reshape(-1)[:count]
-
-
-def _quantise(values: Tensor, kind: str, stochastic: bool, generator: np.random.Generator) -> np.ndarray:
-    """Signed integers in blocks that share a bfloat16 scale (max |value| / levels): scales first, then codes."""
-    levels = _LEVELS[kind]
-    blocks = _padded(values, _BLOCK[kind])
-    scales = (blocks.abs().amax(dim=1) / levels).to(torch.bfloat16)
-    steps = scales.to(torch.float32)[:, None]
-    scaled = torch.where(steps > 0, blocks / steps, torch.zeros_like(blocks))
-    if stochastic:
-        noise = torch.from_numpy(generator.random(tuple(scaled.shape), dtype=np.float32)).to(scaled.device)
-        rounded = torch.floor(scaled + noise)
-    else:
-        rounded = torch.round(scaled)
-    codes = rounded.clamp(-levels, levels).to(torch.int8).reshape(-1)[: values.numel()]
-    if kind == "int4":
-        nibbles = _padded(codes + 8, 2, fill=8).to(torch.uint8)
-        codes = nibbles[:, 0] | (nibbles[:, 1] << 4)
-    return np.concatenate([_bytes_of(scales), _bytes_of(codes)])
-
-
-def _padded(values: Tensor, block: int, fill: int = 0) -> Tensor:
-    """[m] as [ceil(m / block), block], filled up with `fill`."""
-    missing = -values.numel() % block
-    return torch.nn.functional.pad(values, (0, missing), value=fill).view(-1, block)
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().cpu().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
-
-
-def _value_bytes(count: int, kind: str) -> int:
-    if kind in ("int8", "int4"):
-        blocks = -(-count // _BLOCK[kind])
-        return 2 * blocks + (count if kind == "int8" else -(-count // 2))
-    return count * (4 if kind == "fp32" else 2)
+    Args:
+        upload: how it encodes.
+        kept: weights inside the mask.
+        prunable: P.
+        size: n.
+    """
+    inside = prunable if upload.dense else kept
+    length = _HEADER.size + values.packed_bytes(inside, upload.values) + 4 * (size - prunable)
+    if REGROW in upload.kinds:
+        outside = min(upload.regrow, prunable - kept)
+        length += _HEADER.size + values.packed_bytes(outside, upload.values) + indices.expected_bytes(prunable, outside)
+    return length
 
 
 @dataclass(frozen=True)
 class _Header:
+    kind: int
     values: str
-    dense: bool
+    flags: int
+    coding: int
+    parameter: int
+    phase: int
     client: int
-    mask_digest: int
-    in_count: int
-    off_count: int
-    other_count: int
+    digest: int
+    lo: int
+    hi: int
+    count: int
+    index_bytes: int
+
+    @property
+    def dense(self) -> bool:
+        return bool(self.flags & _DENSE)
+
+    @property
+    def compressed(self) -> bool:
+        return bool(self.flags & _COMPRESSED)
+
+    @property
+    def complement(self) -> bool:
+        return bool(self.flags & _COMPLEMENT)
+
+    def name(self, round: int) -> str:
+        """Whose frame it is, for errors."""
+        whose = "the sum" if self.client == AGGREGATE else f"client {self.client}"
+        return f"{whose}, round {round + 1}"
 
 
-def _sections(head: _Header) -> list[int]:
-    """Bytes of: in-mask values, indices, off-mask values, the rest."""
-    return [
-        _value_bytes(head.in_count, head.values),
-        4 * head.off_count,
-        _value_bytes(head.off_count, head.values),
-        4 * head.other_count,
-    ]
-
-
-def _read_header(payload: np.ndarray, round: int) -> _Header:
-    if payload.size < _HEADER.size:
-        raise PeerError(f"round {round + 1}: a payload of {payload.size} bytes is shorter than its frame")
-    raw = payload[: _HEADER.size].tobytes()
-    magic, version, kind, dense, their_round, client, digest, in_n, off_n, other_n, crc = _HEADER.unpack_from(raw)
-    if magic != _MAGIC or version != _VERSION or kind >= len(_VALUE_TYPES):
-        raise PeerError(f"round {round + 1}: a message is no payload of format {_VERSION} (begins {raw[:8].hex()})")
-    if _checksum(payload) != crc:
-        raise PeerError(f"client {client}, round {round + 1}: payload altered or cut on its way (CRC differs)")
+def _read_header(frame: np.ndarray, round: int) -> _Header:
+    if frame.size < _HEADER.size:
+        raise PeerError(f"round {round + 1}: a frame of {frame.size} bytes is shorter than its header")
+    raw = frame[: _HEADER.size].tobytes()
+    magic, version, kind, value_type, flags, coding, parameter, phase, their_round, client, digest, *rest = (
+        _HEADER.unpack_from(raw)
+    )
+    lo, hi, count, index_bytes, crc = rest
+    known = kind in (SUPPORT, REGROW) and value_type < len(values.KINDS) and flags < 8
+    if magic != _MAGIC or version != _VERSION or not known:
+        raise PeerError(f"round {round + 1}: a message is no frame of format {_VERSION} (begins {raw[:8].hex()})")
+    head = _Header(
+        kind, values.KINDS[value_type], flags, coding, parameter, phase, client, digest, lo, hi, count, index_bytes
+    )
+    if _checksum(frame) != crc:
+        raise PeerError(f"{head.name(round)}: frame altered or cut on its way (CRC differs)")
     if their_round != round:
-        raise PeerError(f"client {client}: payload of round {their_round + 1} arrived in round {round + 1}")
-    return _Header(_VALUE_TYPES[kind], bool(dense), client, digest, in_n, off_n, other_n)
+        raise PeerError(f"{head.name(their_round)}: arrived in round {round + 1}")
+    return head
 
 
-def _checksum(payload: np.ndarray) -> int:
-    """CRC-32 of a payload without the field that holds it: an altered frame is as bad as an altered value."""
-    frame = payload[: _HEADER.size - _CRC.size].tobytes()
-    return zlib.crc32(payload[_HEADER.size :].tobytes(), zlib.crc32(frame))
+def _checksum(frame: np.ndarray) -> int:
+    """CRC-32 of a frame without the field that holds it: an altered header is as bad as an altered value."""
+    head = zlib.crc32(frame[: _HEADER.size - _CRC.size].data)
+    return zlib.crc32(np.ascontiguousarray(frame[_HEADER.size :]).data, head)
 
 
-def upload_bytes(in_mask: int, off_mask: int, other: int, values: str) -> int:
-    """Length of a payload, from its counts alone (for `plan`)."""
-    return _HEADER.size + sum(_sections(_Header(values, False, 0, 0, in_mask, off_mask, other)))
+def _to_host(data: Tensor) -> np.ndarray:
+    return data.cpu().numpy()

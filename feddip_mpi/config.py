@@ -139,10 +139,30 @@ class UploadConfig(_Section):
     regrow_rounds: Literal["mask_updates", "all"] = Field(
         "mask_updates", description="send regrow coordinates only in rounds that update the mask, or in all"
     )
-    residual: Literal["keep", "decay", "in_mask_only", "drop"] = Field(
-        "keep", description="what a client keeps of the part it did not send"
+    residual: Literal["keep", "decay", "in_mask_only", "drop", "ef21"] = Field(
+        "keep", description="what a client keeps of the part it did not send; ef21: both sides keep a reference instead"
     )
     residual_decay: float = Field(0.9, ge=0, le=1, description="factor per absent round (upload.residual: decay)")
+    entropy: Literal["none", "zstd"] = Field(
+        "none", description="entropy coding of the values (package zstandard), where it makes them shorter"
+    )
+
+
+class DownloadConfig(_Section):
+    """How the sums of a slice are handed on by the rank that owns it (`exchange: sharded`)."""
+
+    values: ValueType = Field(
+        "fp32", description="how a sum travels (exchange: sharded); what its owner rounds off is added the next time"
+    )
+
+
+class NetworkConfig(_Section):
+    """What `exchange: auto` takes the network for."""
+
+    latency: float | None = Field(None, gt=0, le=1e7, description="microseconds a message; none: measured at start")
+    bandwidth: float | None = Field(
+        None, gt=0, le=1e9, description="megabits a second of one rank's link; none: measured at start"
+    )
 
 
 class ControlConfig(_Section):
@@ -204,13 +224,18 @@ class Config(_Section):
     server_memory: typing.Annotated[Literal["on", "off", "published"], BeforeValidator(_on_off)] = Field(
         "on", description="on: pruned mass is remembered; off: only the pruned model is; published: masks nest"
     )
-    exchange: Literal["allgatherv"] = Field("allgatherv", description="the collective that carries the updates")
+    exchange: Literal["allgatherv", "sharded", "node", "dense", "auto"] = Field(
+        "allgatherv", description="how updates reach all ranks; the first three give the same bits, auto picks one of them"
+    )
+    overlap: bool = Field(True, description="messages travel while the next ones are made")
     data: DataConfig = Field(default_factory=DataConfig, description="the data and its partition")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the network")
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig, description="the sparsity schedule")
     mask: MaskConfig = Field(default_factory=MaskConfig, description="the mask")
     penalty: PenaltyConfig = Field(default_factory=PenaltyConfig, description="the penalty schedule")
     upload: UploadConfig = Field(default_factory=UploadConfig, description="the upload")
+    download: DownloadConfig = Field(default_factory=DownloadConfig, description="the download")
+    network: NetworkConfig = Field(default_factory=NetworkConfig, description="the network")
     control: ControlConfig = Field(default_factory=ControlConfig, description="adaptive control, off by default")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
@@ -223,7 +248,8 @@ class Config(_Section):
 
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
-    "rounds", "exchange", "data.path", "eval.every", "eval.clients", "checkpoint.every", "checkpoint.keep",
+    "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
+    "checkpoint.every", "checkpoint.keep",
     "checkpoint.best", "checkpoint.minutes", "device",
 )  # fmt: skip
 
@@ -423,8 +449,22 @@ def _cross_field_problems(config: Config) -> Iterator[tuple[tuple[str, ...], str
                 "every client needs at least one image"
             ),
         )
-    if c.method == "feddip" and c.sparsity.final == 0 and c.mask.initial != "none" and c.sparsity.initial == 0:
-        return  # dense FedDIP is legal: it is FedAvg with a penalty
+    if c.download.values != "fp32":
+        # What an owner rounds off is paid back to the same coordinates at the next mask update at the latest.
+        for key, wanted in (("exchange", "sharded"), ("upload.mode", "masked")):
+            got = c.exchange if key == "exchange" else c.upload.mode
+            if got != wanted:
+                yield (
+                    ("download.values", key),
+                    f"download.values: got {c.download.values}, which needs {key}={wanted}, not {got}; "
+                    f"set {key}={wanted}, or download.values=fp32",
+                )
+        if c.upload.residual == "ef21":
+            yield (
+                ("download.values", "upload.residual"),
+                f"download.values: got {c.download.values}, which upload.residual=ef21 does not allow (the sum itself is "
+                "the server's reference); set download.values=fp32 or another residual",
+            )
 
 
 def keys() -> Iterator[str]:

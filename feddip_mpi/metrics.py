@@ -68,12 +68,22 @@ FIELDS: dict[str, Field] = {
         "int", "ranks", "update bytes handed to MPI for sending, all ranks: payloads and their lengths"
     ),
     "received_bytes": Field("int", "ranks", "update bytes received from other ranks, all ranks"),
+    **{
+        f"download_{kind}_bytes": Field("int", "ranks", f"sums that the owners of slices handed on (sharded): {what}")
+        for kind, what in {
+            "values": "values of prunable weights",
+            "indices": "indices of off-mask weights",
+            "other": "tensors that are not prunable",
+            "frame": "frames",
+        }.items()
+    },
     "residual_bytes": Field("int", "ranks", "residuals that moved with their client to another rank"),
     "control_bytes": Field("int", "ranks", "plan, status, scores and measurements handed to MPI, all ranks"),
     "train_seconds": Field("float", "clock", "local training, slowest rank"),
     "encode_seconds": Field("float", "clock", "encoding, slowest rank"),
     "wait_seconds": Field("float", "clock", "waiting for the slowest rank before the exchange, largest"),
-    "exchange_seconds": Field("float", "clock", "the exchange, slowest rank"),
+    "exchange_seconds": Field("float", "clock", "waiting for messages after training, slowest rank"),
+    "transfer_seconds": Field("float", "clock", "messages under way, slowest rank; most of it behind training"),
     "decode_seconds": Field("float", "clock", "decoding and summing, slowest rank"),
     "server_seconds": Field("float", "clock", "server step, slowest rank"),
     "evaluate_seconds": Field("float", "clock", "evaluation, slowest rank"),

@@ -6,23 +6,30 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from feddip_mpi import codec, control, evaluate, masks, methods, metrics, placement, residuals, server, streams
+from feddip_mpi import codec, control, costs, evaluate, masks, methods, metrics, placement, residuals, server, streams
+from feddip_mpi.aggregate import Aggregate
+from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
+from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, NumericalError, PeerError
+from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
 from feddip_mpi.residuals import Residual
-from feddip_mpi.runtime import peak_memory
+from feddip_mpi.runtime import log, peak_memory
 from feddip_mpi.schedules import RoundPlan, plan_round
 from feddip_mpi.server import Server
+from feddip_mpi.support import Support
 
-_PHASES = ("train", "encode", "wait", "exchange", "decode", "server", "evaluate")
+_PHASES = ("train", "encode", "wait", "exchange", "decode", "server", "evaluate", "transfer")
 _TRAFFIC = ("update", "residual", "control")
+_BYTES = ("values", "indices", "other", "frame")
 
 
 class Saver(Protocol):
@@ -41,11 +48,16 @@ class State:
         server: the replicated server.
         held: the residuals held by this rank, by client.
         holders: which rank holds each client's residual; the same on every rank.
+        reference: float32 [P], the server's sum of all clients' references (`upload.residual: ef21`); replicated.
+        owed: float32 [kept weights], what this rank, as the owner of a slice, rounded off the sums that it handed on
+            (`download.values`); zero elsewhere.
     """
 
     server: Server
     held: dict[int, Residual]
     holders: list[int]
+    reference: Tensor | None = None
+    owed: Tensor | None = None
 
 
 def initial_state(federation: Federation) -> State:
@@ -54,7 +66,10 @@ def initial_state(federation: Federation) -> State:
     saliency = _saliency(federation) if methods.needs_saliency(config) else None
     mask = methods.initial_mask(config, layout, federation.initial, saliency)
     weights = server.pruned(federation.initial, mask)
-    return State(Server(0, weights, mask), {}, initial_holders(config.clients, federation.comm.size))
+    reference = torch.zeros_like(weights[: layout.prunable]) if methods.uses_reference(config) else None
+    return State(
+        Server.of(0, weights, mask), {}, initial_holders(config.clients, federation.comm.size), reference
+    )
 
 
 def initial_holders(clients: int, ranks: int) -> list[int]:
@@ -80,10 +95,12 @@ def run(
         PeerError: the replicas have drifted apart.
     """
     config, comm = federation.config, federation.comm
+    choice = Choice(federation)
     while state.server.round < config.rounds:
         started = time.perf_counter()
         # Rank 0's plan counts: it alone has the history of a resumed run, and its clock says what is overdue.
         own = plan_round(config, state.server.round, saver.overdue(), control.decide(config, history))
+        own = replace(own, exchange=choice.mode(own, state.server.support))
         plan = RoundPlan.from_json(comm.broadcast(own.to_json()))
         record = play(federation, state, plan)
         history.append(record)
@@ -113,37 +130,109 @@ def _is_last(federation: Federation, state: State) -> bool:
     return state.server.round >= federation.config.rounds
 
 
+class Choice:
+    """Which exchange a round takes; where the configuration says "auto", the cheapest by the cost model (`costs`)."""
+
+    def __init__(self, federation: Federation) -> None:
+        """Every rank makes one: the network is measured here if that is needed and not given."""
+        self._federation, self._last = federation, ""
+        comm, given = federation.comm, federation.config.network
+        self._network: costs.Network | None = None
+        if federation.config.exchange == "auto":
+            nodes = comm.open_nodes()
+            latency, bandwidth = given.latency, given.bandwidth
+            measured = costs.measure(comm) if latency is None or bandwidth is None else None
+            self._network = costs.network(latency, bandwidth, measured, comm.size, nodes)
+
+    def mode(self, plan: RoundPlan, support: Support) -> str:
+        """The exchange of this round, logged with its reason when it changes."""
+        if self._network is None:
+            return plan.exchange
+        federation, upload = self._federation, upload_rule(self._federation.config, plan, support)
+        counts = support.count, support.size, federation.layout.size
+        payload = codec.expected_bytes(upload, *counts)
+        download = codec.expected_bytes(replace(upload, values="fp32"), *counts)
+        chosen, why = costs.choose(self._network, len(plan.participants), payload, download)
+        if chosen != self._last:
+            log.info("exchange from round %d: %s (%s)", plan.round + 1, chosen, why)
+            self._last = chosen
+        return chosen
+
+
 def play(federation: Federation, state: State, plan: RoundPlan) -> metrics.Record:
-    """One round: train and encode here, exchange, step the replicated server, evaluate. Changes `state`."""
+    """One round: train, encode and send here, add up, step the replicated server, evaluate. Changes `state`."""
     config, comm, meter = federation.config, federation.comm, Meter(federation.comm)
     placed = placement.assign(plan.participants, federation.samples, state.holders, comm.size)
+    comm.require_same(
+        f"the plan of round {plan.round + 1}", [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES]
+    )
     _move_residuals(federation, state, placed)
-    work = Work.nothing(len(plan.participants))
-    error = None
+    task = _task(federation, state, plan, placed)
+    exchange = Exchange(comm, task, state.owed, meter.phase)
+    work, error = Work.nothing(len(plan.participants)), None
     try:
-        _train_and_encode(federation, state, plan, placed, work, meter)
+        _train_and_send(federation, state, plan, task, exchange, work, meter)
     except FeddipError as caught:
         error = caught
     with meter.phase("wait"):
-        comm.check(error)
-    with meter.phase("exchange"):
-        gathered = exchange(comm, work.payloads, placed)
-    with meter.phase("decode"):
-        combined, upload = _combine(federation, state.server, plan, gathered)
+        exchange.close()
+        _check_all(comm, exchange, error)
+    outcome = exchange.finish()
+    meter.seconds["transfer"] = exchange.transfer_seconds
     with meter.phase("server"):
         memory = config.server_memory if methods.METHODS[config.method].prunes else "on"
-        state.server, step = server.step(state.server, combined, plan, memory)
+        state.server, step = server.step(state.server, outcome.aggregate, plan, memory)
+        _remember(state, task, outcome.aggregate)
+        state.owed = outcome.owed
     with meter.phase("evaluate"):
         scores = _evaluate(federation, state.server) if plan.evaluate else None
-    return _record(federation, state.server, plan, work, upload, step, scores, meter)
+    return _record(federation, state.server, plan, work, outcome.download, step, scores, meter)
 
 
-def exchange(comm: Communicator, payloads: Sequence[np.ndarray], placed: dict[int, int]) -> list[np.ndarray]:
-    """Every participant's payload on every rank, in client order: the round's one large exchange."""
-    clients = placement.by_rank(placed, comm.size)
-    gathered = comm.allgatherv(payloads, [len(own) for own in clients])
-    order = [client for own in clients for client in own]
-    return [payload for _, payload in sorted(zip(order, gathered, strict=True), key=lambda pair: pair[0])]
+def _check_all(comm: Communicator, exchange: Exchange, error: FeddipError | None) -> None:
+    try:
+        comm.check(error)
+    except FeddipError:
+        exchange.drain()
+        raise
+
+
+def upload_rule(config: Config, plan: RoundPlan, support: Support) -> codec.Upload:
+    """How every client encodes in a round."""
+    return codec.Upload(
+        values=config.upload.values,
+        stochastic=config.upload.rounding == "stochastic",
+        dense=plan.dense_upload,
+        regrow=round(plan.regrow * support.count),
+        compress=config.upload.entropy == "zstd",
+    )
+
+
+def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[int, int]) -> Task:
+    config, support, samples = federation.config, state.server.support, federation.samples
+    total, everybody = sum(samples[client] for client in plan.participants), sum(samples)
+    return Task(
+        mode=plan.exchange,
+        overlap=config.overlap,
+        round=plan.round,
+        support=support,
+        size=federation.layout.size,
+        upload=upload_rule(config, plan, support),
+        placed=placed,
+        shares={client: samples[client] / total for client in plan.participants},
+        # With references the sum runs over all clients, those that are absent with what they sent last.
+        support_shares=None if state.reference is None else {c: samples[c] / everybody for c in plan.participants},
+        start=state.reference,
+        # The mask is about to change, and with it who owns what: nothing may be owed across it.
+        download="fp32" if plan.update_mask else config.download.values,
+    )
+
+
+def _remember(state: State, task: Task, combined: Aggregate) -> None:
+    """The support's sums are the server's new reference, where there is one."""
+    if state.reference is not None:
+        state.reference = state.reference.clone()
+        task.carried.put(state.reference, combined.packed)
 
 
 @dataclass
@@ -151,26 +240,25 @@ class Work:
     """What this rank's participants left in a round.
 
     Attributes:
-        payloads: one per own participant, in client order.
-        numbers: float64 [K, 3], mean loss, images trained on, squared residual norm; zero for others' participants.
+        numbers: float64 [K, 7], mean loss, images trained on, squared residual norm, and the bytes of the upload by
+            kind; zero for others' participants.
     """
 
-    payloads: list[np.ndarray]
     numbers: np.ndarray
 
     @classmethod
     def nothing(cls, participants: int) -> Work:
         """Before any participant has trained."""
-        return cls([], np.zeros((participants, 3)))
+        return cls(np.zeros((participants, 3 + len(_BYTES))))
 
 
-def _train_and_encode(
-    federation: Federation, state: State, plan: RoundPlan, placed: dict[int, int], work: Work, meter: Meter
+def _train_and_send(
+    federation: Federation, state: State, plan: RoundPlan, task: Task, exchange: Exchange, work: Work, meter: Meter
 ) -> None:
-    config, comm, srv = federation.config, federation.comm, state.server
+    comm, srv = federation.comm, state.server
     received = server.pruned(srv.weights, srv.mask)
     for slot, client in enumerate(plan.participants):
-        if placed[client] != comm.rank:
+        if task.placed[client] != comm.rank:
             continue
         with meter.phase("train"):
             samples = federation.partition.train[client]
@@ -179,62 +267,39 @@ def _train_and_encode(
             )
         with meter.phase("encode"):
             _require_finite(result.loss, result.update, plan, client, comm.rank)
-            payload, left = _encode(federation, state, plan, client, result.update)
-            residual = residuals.remember(left, srv.mask, config.upload, plan.round)
-            state.held.pop(client, None)
-            if residual is not None:
-                state.held[client] = residual
+            sent = _encode_and_send(federation, state, task, exchange, client, result.update)
+        residual = state.held.get(client)
         squared = float(residual.values.square().sum()) if residual is not None else 0.0
-        work.payloads.append(payload)
-        work.numbers[slot] = (result.loss, result.samples, squared)
+        work.numbers[slot] = (result.loss, result.samples, squared, *(getattr(sent, kind) for kind in _BYTES))
 
 
-def _encode(
-    federation: Federation, state: State, plan: RoundPlan, client: int, update: torch.Tensor
-) -> tuple[np.ndarray, torch.Tensor]:
-    """Add the client's old residual to its update (in place) and compress the sum."""
-    config, mask = federation.config, state.server.mask
-    old = residuals.recall(state.held.get(client), config.upload, plan.round)
-    if old is not None:
-        update[: mask.numel()] += old.to(update.device)
-    upload = codec.Upload(
-        values=config.upload.values,
-        stochastic=config.upload.rounding == "stochastic",
-        dense=plan.dense_upload,
-        regrow=round(plan.regrow * int(mask.sum())),
-    )
-    generator = streams.stream(config.seed, "rounding", plan.round, client)
-    return codec.encode(update, mask, upload, plan.round, client, generator)
+def _encode_and_send(
+    federation: Federation, state: State, task: Task, exchange: Exchange, client: int, update: Tensor
+) -> Bytes:
+    """Add the client's old residual to its update, compress the sum and send it; what is left is the new residual."""
+    policy, old = federation.config.upload, state.held.pop(client, None)
+    residuals.recall(update, old, policy, task.carried, task.round)
+    generator = streams.stream(federation.config.seed, "rounding", task.round, client)
+    counted, decoded = Bytes(), update[:0]
+    for message in codec.encode(update, task.support, task.upload, task.round, client, generator):
+        counted += exchange.post(message)
+        if message.kind == SUPPORT:
+            decoded = message.coded.restored()
+    left = update[: task.support.size]
+    kept = residuals.remember(left, decoded, old, policy, task.carried, task.round)
+    if kept is not None:
+        state.held[client] = kept
+    return counted
 
 
-def _require_finite(loss: float, update: torch.Tensor, plan: RoundPlan, client: int, rank: int) -> None:
-    if np.isfinite(loss) and bool(torch.isfinite(update).all()):
+def _require_finite(loss: float, update: Tensor, plan: RoundPlan, client: int, rank: int) -> None:
+    # Smallest and largest are NaN if anything is: one pass, and no vector of answers.
+    if np.isfinite(loss) and all(bool(torch.isfinite(end)) for end in torch.aminmax(update)):
         return
     raise NumericalError(
         f"client {client} (rank {rank}) diverged in round {plan.round + 1}: loss {loss}, learning rate "
         f"{plan.learning_rate:g}; the last checkpoint is untouched: lower learning_rate and start again from there"
     )
-
-
-def _combine(
-    federation: Federation, srv: Server, plan: RoundPlan, gathered: Sequence[np.ndarray]
-) -> tuple[torch.Tensor, codec.Bytes]:
-    """sum_k p_k q_k in client order, and the uploads' bytes by kind. Every rank does the same sum."""
-    total = sum(federation.samples[client] for client in plan.participants)
-    digest, counted = masks.digest(srv.mask), []
-
-    def updates() -> Iterator[tuple[float, torch.Tensor]]:
-        for client, payload in zip(plan.participants, gathered, strict=True):
-            decoded = codec.decode(payload, srv.mask, federation.layout.size, plan.round, digest)
-            if decoded.client != client:
-                raise PeerError(
-                    f"round {plan.round + 1}: payload of client {decoded.client} in client {client}'s place"
-                )
-            counted.append(decoded.bytes)
-            yield federation.samples[client] / total, decoded.update
-
-    combined = server.aggregate(updates(), srv.weights)
-    return combined, sum(counted, codec.Bytes())
 
 
 def _evaluate(federation: Federation, srv: Server) -> evaluate.Scores:
@@ -305,14 +370,18 @@ def _saliency(federation: Federation) -> torch.Tensor:
         plan.participants, federation.samples, initial_holders(config.clients, comm.size), comm.size
     )
     everything = torch.ones(layout.prunable, dtype=torch.bool, device=federation.device)
-    payloads = []
+    whole = State(Server.of(0, federation.initial, everything), {}, [])
+    task = replace(_task(federation, whole, plan, placed), mode="allgatherv", upload=codec.Upload(), download="fp32")
+    exchange = Exchange(comm, replace(task, overlap=False))
     for client in plan.participants:
         if placed[client] == comm.rank:
             gradient = federation.trainer.mean_gradient(federation.initial, federation.partition.train[client])
             generator = streams.stream(config.seed, "rounding", 0, client)
-            payloads.append(codec.encode(gradient, everything, codec.Upload(), 0, client, generator)[0])
-    whole = Server(0, federation.initial, everything)
-    combined, _ = _combine(federation, whole, plan, exchange(comm, payloads, placed))
+            for message in codec.encode(gradient, task.support, task.upload, 0, client, generator):
+                exchange.post(message)
+    exchange.close()
+    combined = torch.zeros_like(federation.initial)
+    exchange.finish().aggregate.add_to(combined)
     return (combined * federation.initial)[: layout.prunable].abs()
 
 
@@ -347,19 +416,21 @@ def _record(
     srv: Server,
     plan: RoundPlan,
     work: Work,
-    upload: codec.Bytes,
+    download: Bytes,
     step: server.StepReport,
     scores: evaluate.Scores | None,
     meter: Meter,
 ) -> metrics.Record:
     """Merge all ranks' measurements into the round's record (names and units: metrics.FIELDS)."""
     comm, layout = federation.comm, federation.layout
-    own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device)], np.float64)
+    handed_on = [getattr(download, kind) for kind in _BYTES]
+    own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device), *handed_on], np.float64)
     measured = comm.gather(own)
     slowest = dict(zip(meter.seconds, measured.max(axis=0), strict=False))
     sums = [int(x) for x in measured[:, len(meter.seconds) :].sum(axis=0)]
     # Every slot is filled by one rank and zero elsewhere: the sum is exact whatever the number of ranks.
-    loss, samples, squared = comm.gather(work.numbers).sum(axis=0).T
+    loss, samples, squared, *uploaded = comm.gather(work.numbers).sum(axis=0).T
+    upload = dict(zip(_BYTES, (int(column.sum()) for column in uploaded), strict=True))
     record: metrics.Record = {
         "round": srv.round,
         "participants": list(plan.participants),
@@ -380,11 +451,8 @@ def _record(
         "pruning_error": step.pruning_error,
         "residual_norm": float(np.sqrt(squared.sum())),
         "samples": int(samples.sum()),
-        "upload_bytes": upload.total,
-        "upload_values_bytes": upload.values,
-        "upload_indices_bytes": upload.indices,
-        "upload_other_bytes": upload.other,
-        "upload_frame_bytes": upload.frame,
+        "upload_bytes": sum(upload.values()),
+        **{f"upload_{kind}_bytes": count for kind, count in upload.items()},
         "dense_bytes": 4 * layout.size * len(plan.participants),
         "ranks": comm.size,
     }
@@ -395,6 +463,7 @@ def _record(
         "received_bytes",
         "host_memory_bytes",
         "device_memory_bytes",
+        *(f"download_{kind}_bytes" for kind in _BYTES),
     )
     measurements = {
         **{f"{name}_seconds": float(s) for name, s in slowest.items()},

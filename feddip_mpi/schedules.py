@@ -115,6 +115,7 @@ class RoundPlan:
         dense_upload: every prunable coordinate travels.
         participants: client ids in ascending order.
         evaluate, checkpoint: whether the round ends with an evaluation, with a checkpoint.
+        exchange: how updates reach all ranks ("allgatherv", "sharded", "node", "dense"); chosen where asked "auto".
         penalty_scale, regrow_scale: what adaptive control has multiplied lambda_t and the regrow share by.
         mask_delayed: adaptive control lets a due mask update wait.
     """
@@ -129,6 +130,7 @@ class RoundPlan:
     participants: tuple[int, ...]
     evaluate: bool
     checkpoint: bool
+    exchange: str = "allgatherv"
     penalty_scale: float = 1.0
     regrow_scale: float = 1.0
     mask_delayed: bool = False
@@ -161,6 +163,7 @@ def plan_round(config: Config, t: int, overdue: bool = False, control: Control =
         participants=participants(config, t),
         evaluate=last_round or finished % config.eval.every == 0,
         checkpoint=last_round or overdue or finished % config.checkpoint.every == 0,
+        exchange=config.exchange,
         penalty_scale=control.penalty_scale,
         regrow_scale=control.regrow_scale,
         mask_delayed=control.mask_waits,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from feddip_mpi import masks
+from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.schedules import RoundPlan
+from feddip_mpi.support import Support
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,21 @@ class Server:
     Attributes:
         round: finished rounds.
         weights: W, float32 [n], the dense memory.
-        mask: bool [P].
+        support: of the mask [P]; derived once for each mask.
     """
 
     round: int
     weights: Tensor
-    mask: Tensor
+    support: Support
+
+    @classmethod
+    def of(cls, round: int, weights: Tensor, mask: Tensor) -> Server:
+        """A server from its mask bool [P]."""
+        return cls(round, weights, Support.of(mask))
+
+    @property
+    def mask(self) -> Tensor:
+        return self.support.mask
 
 
 @dataclass(frozen=True)
@@ -50,51 +60,47 @@ def pruned(weights: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def aggregate(updates: Iterable[tuple[float, Tensor]], like: Tensor) -> Tensor:
-    """sum_k p_k q_k in float32, added up in the order given: client order, so the rank count cannot matter."""
-    total = torch.zeros_like(like)
-    for weight, update in updates:
-        total.add_(update, alpha=weight)
-    return total
-
-
-def step(server: Server, combined: Tensor, plan: RoundPlan, memory: str) -> tuple[Server, StepReport]:
+def step(server: Server, combined: Aggregate, plan: RoundPlan, memory: str) -> tuple[Server, StepReport]:
     """One server step of docs/method.md.
 
     Args:
         server: state before the round.
-        combined: float32 [n], sum_k p_k q_k.
+        combined: sum_k p_k q_k.
         plan: asks for a new mask or not.
         memory: "on" keeps the pruned mass in W, "off" keeps the pruned model only, "published" cuts the new mask
             from the already pruned model, so that masks nest and nothing can grow back.
     """
-    size = server.mask.numel()
-    value = server.weights + combined
+    size, support = server.mask.numel(), server.support
+    value = server.weights.clone()
+    combined.add_to(value)
     if memory == "published":
         value = pruned(value, server.mask)
-    magnitude = value[:size].abs()
-    if memory == "published":
-        magnitude.masked_fill_(~server.mask, -1.0)  # a kept weight of 0 still goes before every pruned one
-    mask = new_mask(magnitude, server.mask, plan) if plan.update_mask else server.mask
-    weights = value if memory == "on" else pruned(value, mask)
+    if plan.update_mask:
+        magnitude = value[:size].abs()
+        if memory == "published":
+            magnitude.masked_fill_(~server.mask, -1.0)  # a kept weight of 0 still goes before every pruned one
+        support = Support.of(new_mask(magnitude, server.support, plan))
+    mask = support.mask
     report = StepReport(
-        update_norm=float(torch.linalg.vector_norm(combined)),
+        update_norm=combined.norm(),
         pruning_error=_pruning_error(value[:size], mask),
-        grown=int((mask & ~server.mask).sum()),
-        pruned=int((server.mask & ~mask).sum()),
+        grown=int((mask & ~server.mask).sum()) if plan.update_mask else 0,
+        pruned=int((server.mask & ~mask).sum()) if plan.update_mask else 0,
     )
-    return replace(server, round=plan.round + 1, weights=weights, mask=mask), report
+    if memory != "on":
+        value[:size].masked_fill_(~mask, 0.0)
+    return replace(server, round=plan.round + 1, weights=value, support=support), report
 
 
-def new_mask(magnitude: Tensor, old: Tensor, plan: RoundPlan) -> Tensor:
+def new_mask(magnitude: Tensor, old: Support, plan: RoundPlan) -> Tensor:
     """The (1 - s_t) share with the largest |v|, global across layers, exact, ties by index.
 
     A mask never grows in size: a run extended by `resume --set rounds=N` does not undo the pruning it has reached.
     """
-    keep = min(masks.kept_count(old.numel(), plan.sparsity), int(old.sum()))
+    keep = min(masks.kept_count(old.size, plan.sparsity), old.count)
     return masks.select_largest(magnitude, keep)
 
 
 def _pruning_error(value: Tensor, mask: Tensor) -> float:
-    total = float(value.square().sum())
-    return float(value[~mask].square().sum()) / total if total > 0 else 0.0
+    total = float(torch.linalg.vector_norm(value)) ** 2
+    return float(torch.linalg.vector_norm(value.masked_fill(mask, 0.0))) ** 2 / total if total > 0 else 0.0

@@ -182,13 +182,18 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
         return [loaded.server.round, clients, loaded.created]
 
     done, clients, created = on_root(comm, check)
-    weights = comm.broadcast_array(loaded.server.weights.numpy() if loaded else None)
-    mask = comm.broadcast_array(loaded.server.mask.numpy() if loaded else None)
-    srv = server.Server(done, torch.from_numpy(weights).to(device), torch.from_numpy(mask).to(device))
+    names = on_root(comm, lambda: sorted(loaded.memories) if loaded else [])
+
+    def everywhere(values: np.ndarray | None) -> torch.Tensor:
+        return torch.from_numpy(comm.broadcast_array(values)).to(device)
+
+    weights = everywhere(loaded.server.weights.numpy() if loaded else None)
+    srv = server.Server.of(done, weights, everywhere(loaded.server.mask.numpy() if loaded else None))
+    memories = {name: everywhere(loaded.memories[name] if loaded else None) for name in names}
     holders = rounds.initial_holders(built.config.clients, comm.size)
     held = _hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None)
     assert srv.weights.numel() == layout.size
-    return State(srv, held, holders), list(loaded.history) if loaded else [], created
+    return State(srv, held, holders, **memories), list(loaded.history) if loaded else [], created
 
 
 def _hand_out(
@@ -313,12 +318,13 @@ class FolderSaver:
     def save(self, state: State, history: Sequence[Record]) -> None:
         """Raises FeddipError on all ranks if the file cannot be written; older checkpoints stay as they are."""
         comm = self._built.comm
+        memories = self._memories(state)
         residuals = self._stream(state)
         error: FeddipError | None = None
         if comm.rank == 0:
             path = checkpoint.path_of(self._folder.checkpoints, state.server.round)
             try:
-                checkpoint.save(path, self._snapshot(state, history), residuals)
+                checkpoint.save(path, self._snapshot(state, history, memories), residuals)
                 settings = self._built.config.checkpoint
                 checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity())
             except (OSError, RuntimeError) as caught:
@@ -347,12 +353,22 @@ class FolderSaver:
             if residual is not None and comm.rank == 0:
                 yield client, residual
 
-    def _snapshot(self, state: State, history: Sequence[Record]) -> Snapshot:
+    def _memories(self, state: State) -> dict[str, np.ndarray]:
+        """What the server keeps besides W; every rank calls it, because each owns a part of what is owed."""
+        found = {}
+        if state.reference is not None:
+            found["reference"] = state.reference.cpu().numpy()
+        if state.owed is not None:
+            # Zero on all ranks but the owner's: this sum is exact.
+            found["owed"] = self._built.comm.allreduce(state.owed.cpu().numpy())
+        return found
+
+    def _snapshot(self, state: State, history: Sequence[Record], memories: dict[str, np.ndarray]) -> Snapshot:
         built, srv = self._built, state.server
         return Snapshot(
             config=built.config,
             layout=built.layout,
-            server=server.Server(srv.round, srv.weights.cpu(), srv.mask.cpu()),
+            server=server.Server.of(srv.round, srv.weights.cpu(), srv.mask.cpu()),
             history=history,
             identity=built.identity,
             histogram=self._histogram,
@@ -362,4 +378,5 @@ class FolderSaver:
             mean=built.dataset.mean,
             std=built.dataset.std,
             class_names=built.dataset.class_names,
+            memories=memories,
         )

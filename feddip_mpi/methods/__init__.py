@@ -54,6 +54,11 @@ def needs_saliency(config: Config) -> bool:
     return METHODS[config.method].prunes and config.mask.initial == "snip"
 
 
+def uses_reference(config: Config) -> bool:
+    """Whether server and clients share references (EF21) instead of residuals."""
+    return config.upload.residual == "ef21"
+
+
 def initial_mask(config: Config, layout: Layout, weights: Tensor, saliency: Tensor | None = None) -> Tensor:
     """The first mask bool [P] on the device of `weights`, one for the whole federation, of exact sparsity s_0.
 

@@ -22,7 +22,7 @@ def make(config: Config) -> tuple[Layout, list[Row]]:
     `round` counts from 1. `sparsity` (share of zeros) and `kept` (weights) are those of the model after the round, as
     a run records them. `regrow` is how many coordinates a client sends from outside the mask. `upload_bytes` (of all
     participants), `total_bytes` (up to here) and `dense_bytes` (the same upload as float32) are what the run will
-    record: the length of a payload follows from its counts alone.
+    record; in rounds with regrow coordinates to a few per cent of their indices, and without `upload.entropy`.
 
     Raises:
         InputError: model and data do not fit, or own data cannot be read.
@@ -37,12 +37,10 @@ def rows(config: Config, layout: Layout) -> list[Row]:
     kept, total, out = first_kept(config, layout), 0, []
     for t in range(config.rounds):
         plan = plan_round(config, t)
-        # Clients encode with the mask as it was before the round; see rounds._encode and codec.encode.
-        regrow = 0 if plan.dense_upload else min(round(plan.regrow * kept), layout.prunable - kept)
-        in_mask = layout.prunable if plan.dense_upload else kept
-        other = layout.size - layout.prunable
-        payload = codec.upload_bytes(in_mask, regrow, other, config.upload.values)
-        upload = payload * config.participants
+        # Clients encode with the mask as it was before the round; see rounds.upload_rule and codec.encode.
+        rule = codec.Upload(config.upload.values, dense=plan.dense_upload, regrow=round(plan.regrow * kept))
+        regrow = 0 if plan.dense_upload else min(rule.regrow, layout.prunable - kept)
+        upload = round(codec.expected_bytes(rule, kept, layout.prunable, layout.size) * config.participants)
         total += upload
         if plan.update_mask:  # server.new_mask: a mask never grows in size
             kept = min(kept, masks.kept_count(layout.prunable, plan.sparsity))
