@@ -95,10 +95,10 @@ class Message:
         round, client: of whom it speaks.
         support: whose kept coordinates travel without indices.
         size: n, length of the flat vector.
-        coded: the values; those of a SUPPORT message begin with the `first`-th kept coordinate.
-        first: see above; a multiple of values.BLOCK where the values are quantised.
+        coded: the values; those of a SUPPORT message begin with the first kept coordinate that is not below `begin`.
+        begin: 0, or where a slice of the sum begins; its values must not begin inside a block.
         indices: int64 ascending, coordinates of a REGROW message's values.
-        other: float32 [n - P], of a SUPPORT message; empty where a slice ends before.
+        other: float32, of a SUPPORT message: what follows the prunable weights, from `begin` on.
         dense: the support is the whole vector in spite of the mask.
         compress: see Upload.
     """
@@ -109,7 +109,7 @@ class Message:
     support: Support
     size: int
     coded: Coded
-    first: int
+    begin: int
     indices: Tensor
     other: Tensor
     dense: bool
@@ -123,9 +123,10 @@ class Message:
         """See `frame`; and its bytes by kind."""
         hi = self.size if hi is None else hi
         if self.kind == SUPPORT:
-            start, stop = (self.support.rank(bound) - self.first for bound in (lo, hi))
+            start, stop = (self.support.rank(bound) - self.support.rank(self.begin) for bound in (lo, hi))
             places, coding = None, (0, 0, 0)
-            tail = self.other[max(0, lo - self.support.size) : max(0, hi - self.support.size)]
+            first = max(self.begin, self.support.size)
+            tail = self.other[max(0, lo - first) : max(0, hi - first)]
         else:
             start, stop = torch.searchsorted(self.indices, torch.tensor([lo, hi], device=self.indices.device)).tolist()
             coded = indices.pack(self.indices[start:stop] - lo, min(hi, self.support.size) - min(lo, self.support.size))

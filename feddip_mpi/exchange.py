@@ -158,7 +158,7 @@ class Exchange:
             received = self._received()
         with self._phase("decode"):
             total = self._summed(received)
-        if task.mode != "sharded" or (comm.size == 1 and task.download == "fp32"):
+        if task.mode != "sharded" or (comm.size == 1 and task.download == "fp32" and self._owed is None):
             return Outcome(total.result(), Bytes(), None)
         return self._hand_on(total)
 
@@ -245,7 +245,7 @@ class Exchange:
         exact = values.code(part.sums, "fp32", False, generator)
         head = (task.round, AGGREGATE, carried, task.size)
         compress, dense = task.upload.compress, self._dense
-        messages = [Message(SUPPORT, *head, coded, total.first, part.indices[:0], part.other, dense, compress)]
+        messages = [Message(SUPPORT, *head, coded, lo, part.indices[:0], part.other, dense, compress)]
         if REGROW in task.upload.kinds:
             messages.append(Message(REGROW, *head, exact, 0, part.indices, part.other[:0], False, compress))
         frames = [message.frame(lo, hi) for message in messages]
