@@ -269,7 +269,7 @@ def _train_and_send(
             _require_finite(result.loss, result.update, plan, client, comm.rank)
             sent = _encode_and_send(federation, state, task, exchange, client, result.update)
         residual = state.held.get(client)
-        squared = float(residual.values.square().sum()) if residual is not None else 0.0
+        squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
         work.numbers[slot] = (result.loss, result.samples, squared, *(getattr(sent, kind) for kind in _BYTES))
 
 
