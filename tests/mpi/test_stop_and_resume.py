@@ -162,6 +162,18 @@ def test_every_round_can_be_the_last_before_a_stop(config: Path, tmp_path: Path)
             {"argv": ["resume", str(run)]},
         ]
         codes += [75, 0]
+    # What servers and owners of slices remember between rounds, and what is owed at the time of the stop.
+    memories = {
+        "ef21": {"upload__residual": "ef21", "upload__values": "int8", "mask__every": 2},
+        "owed": {"exchange": "sharded", "download__values": "int4", "mask__every": 3},
+    }
+    for name, own in memories.items():
+        commands.append({"argv": runs.train(config, tmp_path / f"{name}-whole", **own)})
+        codes.append(0)
+        for last in (1, 2, 4):
+            run = tmp_path / f"{name}-{last}"
+            commands += [{"argv": runs.train(config, run, **own), "stop_after": last}, {"argv": ["resume", str(run)]}]
+            codes += [75, 0]
     often = tmp_path / "often"
     commands.append({"argv": runs.train(config, often, **changes), "stop_after": 1})
     commands += [{"argv": ["resume", str(often)], "stop_after": last} for last in (2, 3, 4)]
@@ -184,6 +196,9 @@ def test_every_round_can_be_the_last_before_a_stop(config: Path, tmp_path: Path)
         assert [report["code"] for report in ranks] == [code] * 2, (command, ranks)
     for last in range(1, 5):
         runs.assert_equal(tmp_path / "whole", tmp_path / f"stopped-{last}")
+    for name in memories:
+        for last in (1, 2, 4):
+            runs.assert_equal(tmp_path / f"{name}-whole", tmp_path / f"{name}-{last}")
     runs.assert_equal(tmp_path / "whole", often)
     runs.assert_equal(tmp_path / "five", tmp_path / "three")
     again, too_few, not_allowed = reports[-3:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -104,6 +105,110 @@ def check_allgatherv(comm: Communicator) -> None:
             assert other.sent == {"update": own} and other.received == {"update": everybody - own}, (lengths, limit)
 
 
+def _part(source: int, place: int, target: int, length: int) -> np.ndarray:
+    return np.random.default_rng([source, place, target]).integers(0, 256, length, np.uint8)
+
+
+def check_alltoallv(comm: Communicator) -> None:
+    """A payload's part for rank t has its length plus 3 t bytes."""
+    for case in _CASES:
+        lengths = [case(rank, comm.size) for rank in range(comm.size)]
+        mine = [[_part(comm.rank, i, t, n + 3 * t) for t in range(comm.size)] for i, n in enumerate(lengths[comm.rank])]
+        expected = [_part(r, i, comm.rank, n + 3 * comm.rank) for r, own in enumerate(lengths) for i, n in enumerate(own)]
+        for limit in (1, 64, 2**20):
+            other = Communicator(comm._handle, message_limit=limit)
+            got = other.alltoallv(mine, [len(own) for own in lengths])
+            assert len(got) == len(expected)
+            for ours, theirs in zip(got, expected, strict=True):
+                assert ours.dtype == np.uint8 and np.array_equal(ours, theirs), (lengths, limit)
+            sent = sum(part.size + 8 for parts in mine for part in parts)
+            own = sum(parts[comm.rank].size + 8 for parts in mine)
+            assert other.sent == {"update": sent}
+            assert other.received == {"update": sum(part.size + 8 for part in expected) - own}
+
+
+def check_node_allgatherv(comm: Communicator) -> None:
+    for ranks_per_node in (None, 1, 2, 3):
+        other = Communicator(comm._handle, ranks_per_node=ranks_per_node)
+        nodes = other.open_nodes()
+        assert nodes == (1 if ranks_per_node is None else -(-comm.size // ranks_per_node))
+        for background in (False, True):
+            if background:
+                other.open_background()
+            for case in _CASES:
+                lengths = [case(rank, comm.size) for rank in range(comm.size)]
+                expected = [_payload(r, i, n) for r, own in enumerate(lengths) for i, n in enumerate(own)]
+                mine = [_payload(comm.rank, i, n) for i, n in enumerate(lengths[comm.rank])]
+                counts = [len(own) for own in lengths]
+                before = other.sent["update"]
+                got = other.post(functools.partial(other.node_allgatherv, mine, counts)).result()
+                assert len(got) == len(expected)
+                assert all(np.array_equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True)), lengths
+                # Only the first rank of a node speaks for it: all nodes together hand each byte over once.
+                handed = comm.gather(np.array([float(other.sent["update"] - before)]))
+                assert handed.sum() == sum(n + 8 for own in lengths for n in own)
+        other.free()
+
+
+def check_allreduce(comm: Communicator) -> None:
+    ranks = np.arange(comm.size, dtype=np.float32)
+    for limit in (4, 64, 2**20):
+        other = Communicator(comm._handle, message_limit=limit)
+        got = other.allreduce(np.arange(100, dtype=np.float32) * (comm.rank + 1))
+        assert np.array_equal(got, np.arange(100, dtype=np.float32) * (ranks + 1).sum())
+        assert other.sent["update"] == 400
+    for wrong in (np.zeros(4), np.zeros(4, np.uint16), np.zeros(4, np.float16)):  # bfloat16 comes as 16-bit integers
+        try:
+            comm.allreduce(wrong)
+        except TypeError:
+            continue
+        raise AssertionError(f"{wrong.dtype} was reduced")
+
+
+def check_background(comm: Communicator) -> None:
+    """Exchanges run behind small messages of the same ranks, in their order, whichever end first."""
+    other = Communicator(comm._handle)
+    threaded = other.open_background()
+    assert threaded == (comm.size > 1) or other.thread_level() != "multiple"
+    posted = []
+    for wave in range(6):
+        mine = [_payload(comm.rank, wave, 1000 * (1 + wave % 3))] if (comm.rank + wave) % 2 == 0 else []
+        counts = [int((rank + wave) % 2 == 0) for rank in range(comm.size)]
+        posted.append(other.post(functools.partial(other.allgatherv, mine, counts)))
+        assert other.gather(np.array([float(wave)])).sum() == wave * comm.size
+        assert other.broadcast(wave if comm.rank == 0 else None) == wave
+    for wave, sent in enumerate(posted):
+        senders = [rank for rank in range(comm.size) if (rank + wave) % 2 == 0]
+        got = sent.result(30)
+        assert len(got) == len(senders)
+        for rank, payload in zip(senders, got, strict=True):
+            assert np.array_equal(payload, _payload(rank, wave, 1000 * (1 + wave % 3)))
+    # A failure there reaches whoever waits for it.
+    failed = None
+    try:
+        failed = other.post(lambda: other.allgatherv([], [1] * comm.size))
+    except PeerError:
+        assert not threaded
+    if failed is not None:
+        assert isinstance(failed.exception(30), PeerError)
+    other.free()
+
+
+def check_require_same(comm: Communicator) -> None:
+    comm.require_same("the plan", {"round": 3, "list": [1, 2]})
+    if comm.size == 1:
+        return
+    last = comm.size - 1
+    try:
+        comm.require_same("the plan of round 4", {"round": 3 + (comm.rank == last)})
+    except PeerError as error:
+        assert error.shared
+        for part in ("the plan of round 4", '{"round": 3}', '{"round": 4}', "rank 0", f"rank {last}"):
+            assert part in str(error), str(error)
+        return
+    raise AssertionError("two plans passed for one")
+
+
 def check_allgatherv_wrong_count(comm: Communicator) -> None:
     try:
         comm.allgatherv([], [1] * comm.size)
@@ -159,18 +264,17 @@ def _message(key: int, pairs: int) -> np.ndarray:
     return np.zeros(0, np.uint8) if key >= pairs else _payload(key, 0, 200_000 if key % 2 else key)
 
 
-def check_move_too_large(comm: Communicator) -> None:
+def check_move_in_pieces(comm: Communicator) -> None:
     if comm.size == 1:
         return
-    other = Communicator(comm._handle, message_limit=64)
-    # Rank 0 refuses before anything is sent; nobody else takes part.
-    if comm.rank == 0:
-        try:
-            other.move([(0, 0, 1)], lambda key: np.zeros(65, np.uint8))
-        except FeddipError as error:
-            assert "65" in str(error) and "64" in str(error)
-        else:
-            raise AssertionError("a message above the limit was accepted")
+    for limit in (1, 64, 65):
+        other = Communicator(comm._handle, message_limit=limit)
+        lengths = (0, 1, 63, 64, 65, 128, 129, 500)
+        transfers = [(key, key % 2, 1 - key % 2) for key in range(len(lengths))]
+        arrived = other.move(transfers, lambda key, n=lengths: _payload(key, 0, n[key]))  # type: ignore[misc]
+        expected = [key for key, _, destination in transfers if destination == comm.rank]
+        assert sorted(arrived) == expected
+        assert all(np.array_equal(arrived[key], _payload(key, 0, lengths[key])) for key in expected)
 
 
 def check_shared_arrays(comm: Communicator) -> None:

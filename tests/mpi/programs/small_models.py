@@ -1,10 +1,10 @@
 """Networks of a few hundred weights, by import path; some break on request, to see how a run ends.
 
-FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training forward (or decode):
+FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training forward (or frame):
     raise   the forward raises RuntimeError
     nan     the forward returns NaN
     exit    the forward calls sys.exit(0)
-    decode  decoding a payload raises PeerError
+    decode  reading a frame raises PeerError
     save    (rank and call count as for decode) writing a checkpoint raises OSError
 FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
 """
@@ -52,7 +52,7 @@ class Fragile(nn.Module):
         self.pause = float(os.environ.get("FEDDIP_TEST_SLEEP", "0"))
         self.kind, self.call = _fault()
         if self.kind == "decode":
-            codec.decode = _failing(codec.decode, self.call, PeerError("a frame that this test broke"))
+            codec.read = _failing(codec.read, self.call, PeerError("a frame that this test broke"))
         if self.kind == "save":
             checkpoint.hdf5.write = _failing(checkpoint.hdf5.write, self.call, OSError(28, "No space left on device"))
 
