@@ -23,6 +23,15 @@ set_up_mpich() {
     export FEDDIP_MPICH=$prefix
 }
 
+# Tests that make hosts out of network namespaces need these tools, and root.
+set_up_iproute2() {
+    if [[ $(id -u) != 0 ]] || { command -v ip >/dev/null && command -v tc >/dev/null; }; then
+        return
+    fi
+    say "installing iproute2 for the tests"
+    apt_install iproute2 || say "iproute2 cannot be had here: tests that make hosts are skipped"
+}
+
 # The tests want the files themselves, not a training command that fetches them.
 if ((${#DATA_OPTIONS[@]})); then
     python -c 'from feddip_mpi import config, data; data.load(config.DataConfig(download=True), 1)' ||
@@ -30,6 +39,7 @@ if ((${#DATA_OPTIONS[@]})); then
 fi
 set_up_mpich
 [[ -n ${FEDDIP_MPICH:-} ]] || say "MPICH cannot be had here: tests that need it are skipped"
+set_up_iproute2
 # Tests start more ranks than there are cores, with their own command lines.
 export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
