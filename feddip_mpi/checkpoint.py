@@ -215,7 +215,8 @@ def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
         weights=torch.cat(flat),
         mask=torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool),
     )
-    table = {name: reader.array(f"history/{name}") for name in metrics.FIELDS}
+    # A file of an earlier version may lack a name that was added since.
+    table = {name: reader.array(f"history/{name}") for name in metrics.FIELDS if reader.names(f"history/{name}")}
     normalisation = json.loads(model["normalisation"])
     return Loaded(
         path=path,

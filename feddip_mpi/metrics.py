@@ -113,10 +113,15 @@ def columns(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 
 def records(table: Mapping[str, np.ndarray], layers: Sequence[str]) -> list[Record]:
-    """The inverse of `columns`; `layers` names the prunable tensors."""
-    names = [name for name in FIELDS if name in table]
+    """The inverse of `columns`; `layers` names the prunable tensors. A name that is not in the table was not measured."""
     count = len(table["round"]) if "round" in table else 0
-    return [{name: _value(FIELDS[name].kind, table[name][row], layers) for name in names} for row in range(count)]
+    return [
+        {
+            name: _value(field.kind, table[name][row], layers) if name in table else None
+            for name, field in FIELDS.items()
+        }
+        for row in range(count)
+    ]
 
 
 def _numbers(value: Any) -> Any:
