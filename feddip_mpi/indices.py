@@ -1,19 +1,18 @@
 """Coding of a set of positions: a bitmap or Rice codes of the gaps, whichever is shorter. Pure tensors.
 
 Rice codes (Rice & Plaunt 1971) are Golomb's codes (1966) with a power of two: a gap g is g >> b in unary (that many zeros,
-then a one) and its b low bits as they are. The gaps of a random set are geometric, for which such codes are optimal to
-a few per cent; up to a quarter of the positions they come within 3 % of log2 C(size, count). Above a half the positions
-that are *not* in the set are coded. Near the half, where Rice codes with b = 0 are a bitmap, the bitmap is within 5 %.
+then a one) and its b low bits as they are. The gaps of a random set are geometric, for which such codes are within 3 % of
+log2 C(size, count) while less than a third of the positions are in the set, and within 5 % up to a half; near it a
+bitmap, of the length of Rice codes with b = 0, takes over. Above that the positions that are *not* in the set are coded.
 
-There is no third coding: bytes of 7 bits (varint, LEB128) cost at least 8 bits a gap and need 25 to 40 % more than Rice
-codes at the densities of pruning; on random gaps they are never shorter (`test_indices.py`, docs/results/selection.json).
-They could win only on runs of neighbours far apart from each other, which no selection by magnitude has shown.
+There is no third coding: bytes of 7 bits (varint, LEB128) spend at least 8 bits on a gap, on random gaps 16 % more than Rice
+codes at best and 25 to 40 % more at most densities of pruning; they are never shorter there (`test_indices.py`,
+docs/results/selection.json). They could win only on runs of neighbours with vast gaps between the runs.
 
 Layout of Rice codes, so that both directions are a handful of tensor operations: all quotients as one string of bits,
 padded to a byte; then the remainders, b // 8 planes of whole bytes, least significant first, and the b % 8 bits left,
 packed. Bits fill a byte from its least significant end. Where the first stream ends follows from the length of the second,
-which `count` and b determine. Bytes are taken for integers in place, so a little-endian machine is assumed, as all are
-that PyTorch is built for.
+which `count` and b determine. Bytes are taken for integers in place, which assumes a little-endian machine.
 """
 
 from __future__ import annotations
@@ -71,7 +70,8 @@ def pack(indices: Tensor, size: int) -> Coded:
 def unpack(data: Tensor, coding: int, parameter: int, complement: bool, count: int, size: int) -> Tensor:
     """The inverse of `pack`, for input that may be damaged.
 
-    Memory stays within a small multiple of the result, `size` bytes and 16 times `data`, whatever the arguments say.
+    Memory stays within a small multiple of `data`, of the int64 result and, where `complement`, of `size` bytes,
+    whatever the arguments say.
 
     Args:
         data, coding, parameter, complement: as in `Coded`.
@@ -82,7 +82,8 @@ def unpack(data: Tensor, coding: int, parameter: int, complement: bool, count: i
         int64 [count], strictly ascending, in [0, size), on the device of `data`.
 
     Raises:
-        ValueError: this is not what `pack` makes of `count` positions among `size`.
+        ValueError: these are not `count` positions among `size`, or not in the one form that `parameter` gives them.
+            (Whether another parameter would have been shorter is not asked.)
     """
     _check_counts(count, size)
     if data.dtype != torch.uint8 or data.dim() != 1:
@@ -173,7 +174,9 @@ def _read_bit_string(data: Tensor, count: int, size: int) -> Tensor:
     bits = (data[:, None] >> shifts).bitwise_and_(1).view(-1)
     found = int(bits.count_nonzero())
     if found != count or bits[size:].any():
-        raise ValueError(f"{found} bits are set in a string of {size} for {count} positions, or some lie behind its end")
+        raise ValueError(
+            f"{found} bits are set in a string of {size} for {count} positions, or some lie behind its end"
+        )
     return bits.nonzero().squeeze(1)
 
 

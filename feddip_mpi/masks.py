@@ -97,11 +97,10 @@ class _Source:
         """bool `hits` of a chunk without the excluded, in place."""
         return hits if self.exclude is None else hits.gt_(self.exclude[where])  # True > False: hit and not excluded
 
-    def sample(self, stride: int) -> Tensor:
-        """Every `stride`-th magnitude that is not excluded, as a copy."""
-        drawn = self.values[::stride]
-        drawn = drawn.abs() if self.signed else drawn.clone()
-        return drawn if self.exclude is None else drawn[~self.exclude[::stride]]
+    def every(self, stride: int) -> Tensor:
+        """A copy of every `stride`-th magnitude, -inf for the excluded."""
+        out = self.values[::stride].abs() if self.signed else self.values[::stride].clone()
+        return out if self.exclude is None else out.masked_fill_(self.exclude[::stride], -inf)
 
 
 def _chosen(source: _Source, count: int) -> Iterator[tuple[slice, Tensor]]:
@@ -109,13 +108,16 @@ def _chosen(source: _Source, count: int) -> Iterator[tuple[slice, Tensor]]:
     if count == 0:
         return
     cut, ties, equal = _cut(source, count)
-    relation = operator.ge if ties == equal else operator.gt
+    if ties == equal:  # as a rule: one value equals the cut, itself
+        relation, ties = operator.ge, 0
+    else:
+        relation = operator.gt
     for where, magnitude in source.chunks():
         chosen = source.allowed(_compare(relation, magnitude, cut), where)
-        if ties < equal and ties > 0:
+        if ties:
             tied = _positions(source.allowed(_compare(operator.eq, magnitude, cut), where))[:ties]
             chosen[tied] = True
-            ties, equal = ties - len(tied), equal - len(tied)
+            ties -= len(tied)
         yield where, chosen
 
 
@@ -127,7 +129,7 @@ def _cut(source: _Source, count: int) -> tuple[float, int, int]:
     """
     above, near = _within(source, *_bracket(source, count))
     if not above < count <= above + near.numel():
-        above, near = 0, source.sample(1)
+        above, near = 0, source.every(1)
     cut = float(_kth_largest_(near, count - above))
     parts = near.split(_chunk(near))
     larger = above + sum(int(_compare(operator.gt, part, cut).count_nonzero()) for part in parts)
@@ -140,12 +142,13 @@ def _bracket(source: _Source, count: int) -> tuple[float, float]:
     The sample is every so many-th value: no random numbers, and each layer is represented by its size. An odd stride
     meets all rows and columns of tensors whose dimensions are powers of two.
     """
-    sample = source.sample(isqrt(source.values.numel()) // 8 | 1)
-    drawn, share = sample.numel(), count / source.eligible
-    margin = 1 + 4 * sqrt(drawn * share * (1 - share))  # four standard deviations of the rank in a random sample
-    first, last = int(drawn * share - margin), int(drawn * share + margin) + 1
+    size, stride = source.values.numel(), isqrt(source.values.numel()) // 8 | 1
+    sample = source.every(stride)
+    rank = count / stride
+    margin = 1 + 4 * sqrt(rank * (1 - count / size))  # four standard deviations of the rank in a random sample
+    first, last = int(rank - margin), int(rank + margin) + 1
     high = float(_kth_largest_(sample, first)) if first >= 1 else inf
-    low = float(_kth_largest_(sample, last)) if last <= drawn else -inf
+    low = float(_kth_largest_(sample, last)) if last <= sample.numel() else -inf
     return low, high
 
 

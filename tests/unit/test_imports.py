@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "feddip_mpi"
-PURE = ("masks", "schedules", "codec", "residuals", "server", "placement", "streams", "vector")
+PURE = ("masks", "indices", "schedules", "codec", "residuals", "server", "placement", "streams", "vector")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

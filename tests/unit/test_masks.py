@@ -1,6 +1,8 @@
 """Masks: exact counts, exact order, densities, packing."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,26 +17,124 @@ TIED = st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, 1e-45])
 SHAPES = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=200)
+@contextmanager
+def selection_by(numpy: bool, chunk: int) -> Iterator[None]:
+    """Select on the CPU as there, or by the operations that other devices get, in chunks of `chunk` values."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "_by_numpy", lambda _: numpy)
+        patch.setattr(masks, "_chunk", lambda _: chunk)
+        yield
+
+
+def sorted_out(magnitude: np.ndarray, count: int, exclude: np.ndarray | None = None) -> list[int]:
+    """The definition: sort by value, then by index, leave out what is excluded, take `count`, ascending."""
+    order = np.lexsort((np.arange(magnitude.size), -magnitude))
+    return sorted((order if exclude is None else order[~exclude[order]])[:count].tolist())
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+@settings(deadline=None, max_examples=150)
 @given(st.lists(st.one_of(FINITE, TIED), min_size=1, max_size=30), st.data())
-def test_select_largest_is_a_stable_sort(values: list[float], data: st.DataObject) -> None:
+def test_select_largest_is_a_stable_sort(numpy: bool, values: list[float], data: st.DataObject) -> None:
     count = data.draw(st.integers(0, len(values)))
-    best = sorted(range(len(values)), key=lambda i: (-np.float32(values[i]), i))[:count]
-    expected = [i in best for i in range(len(values))]
-    assert masks.select_largest(torch.tensor(values), count).tolist() == expected
+    expected = sorted_out(np.array(values, np.float32), count)
+    with selection_by(numpy, 7):
+        selected = masks.select_largest(torch.tensor(values), count)
+    assert selected.dtype == torch.bool and selected.nonzero().squeeze(1).tolist() == expected
 
 
-def test_select_largest_does_not_change_its_input() -> None:
-    values = torch.rand(1000)
+@pytest.mark.parametrize("numpy", [True, False])
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(st.one_of(FINITE, TIED, st.integers(-2, 2)), st.booleans()), max_size=30), st.data())
+def test_largest_is_a_stable_sort_of_what_is_left(
+    numpy: bool, entries: list[tuple[float, bool]], data: st.DataObject
+) -> None:
+    values, exclude = np.array([v for v, _ in entries], np.float32), np.array([e for _, e in entries], bool)
+    count = data.draw(st.integers(0, int((~exclude).sum())))
+    with selection_by(numpy, 7):
+        got = masks.largest(torch.from_numpy(values), count, torch.from_numpy(exclude))
+    assert got.dtype == torch.int64 and got.tolist() == sorted_out(np.abs(values), count, exclude)
+
+
+SIZE = 20_000
+STRIDE = math.isqrt(SIZE) // 8 | 1  # of the sample that the bracket comes from
+NOISE = np.random.default_rng(4).standard_normal(SIZE).astype(np.float32)
+ON_STRIDE = np.arange(SIZE) % STRIDE == 0
+HARD = {
+    "normal": NOISE,
+    "zero": np.zeros(SIZE, np.float32),
+    "minus zero": np.where(NOISE > 0, np.float32(0.0), np.float32(-0.0)),
+    "equal": np.where(NOISE > 0, np.float32(3), np.float32(-3)),
+    "few that are not zero": np.where(np.abs(NOISE) > 3, NOISE, np.float32(0)),
+    "half zero": np.maximum(NOISE, 0),
+    "integers": np.round(NOISE * 2),
+    "denormal": (NOISE * np.float32(1e-42)),
+    "from denormal to huge": np.sign(NOISE)
+    * np.exp(20 * NOISE.astype(np.float64)).clip(1e-45, 3e38).astype(np.float32),
+    "ascending": np.sort(NOISE),
+    "descending": np.sort(np.abs(NOISE))[::-1].copy(),
+    "sample sees the large ones only": np.where(ON_STRIDE, 9 + NOISE, NOISE),
+    "sample sees the small ones only": np.where(ON_STRIDE, NOISE / 1000, NOISE),
+    "sample sees one value only": np.where(ON_STRIDE, np.float32(1), NOISE),
+    "layers of different scale": NOISE * np.repeat(np.float32([1e-3, 1, 50, 1e-6]), SIZE // 4),
+}
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+@pytest.mark.parametrize("name", HARD)
+def test_selection_is_exact_whatever_the_data(name: str, numpy: bool) -> None:
+    values = HARD[name].astype(np.float32)
+    exclusions = [None, np.abs(NOISE) > 1, ON_STRIDE, np.arange(SIZE) < SIZE // 2]
+    for exclude in exclusions:
+        eligible = SIZE if exclude is None else int((~exclude).sum())
+        for count in (0, 1, SIZE // 100, SIZE // 20, eligible // 2, eligible - 1, eligible):
+            with selection_by(numpy, 3000):
+                got = masks.largest(
+                    torch.from_numpy(values), count, None if exclude is None else torch.from_numpy(exclude)
+                )
+            assert got.tolist() == sorted_out(np.abs(values), count, exclude), count
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.05, 0.5, 0.98])
+def test_usual_data_need_no_copy_of_everything(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = masks._Source.every
+    monkeypatch.setattr(masks._Source, "every", lambda source, stride: sample(source, stride) if stride > 1 else 1 / 0)
+    scales = torch.tensor([0.01, 1.0, 0.1, 5.0]).repeat_interleave(50_000)
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) * scales
+    count = int(share * values.numel())
+    expected = sorted_out(values.abs().numpy(), count)
+    assert masks.largest(values, count).tolist() == expected
+    assert masks.select_largest(values.abs(), count).nonzero().squeeze(1).tolist() == expected
+
+
+def test_selection_compares_doubles_as_doubles() -> None:
+    values = torch.tensor([1.0, 1.0 + 1e-12, -1.0 - 2e-12, 1.0], dtype=torch.float64)
+    assert masks.largest(values, 2).tolist() == [1, 2]
+    assert masks.select_largest(values, 3).tolist() == [True, True, False, True]
+
+
+def test_selection_takes_views_and_does_not_change_its_input() -> None:
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(1))
     before = values.clone()
-    assert int(masks.select_largest(values, 300).sum()) == 300
+    for count in (0, 1, 300, 1500):
+        assert int(masks.select_largest(values[::2], count).sum()) == count
+        assert masks.largest(values[::2], count).tolist() == sorted_out(before[::2].abs().numpy(), count)
     assert torch.equal(values, before)
 
 
 @pytest.mark.parametrize("count", [-1, 4])
-def test_select_largest_refuses_impossible_counts(count: int) -> None:
-    with pytest.raises(ValueError, match=str(count)):
+def test_selection_refuses_impossible_counts(count: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot select {count} of 3"):
         masks.select_largest(torch.ones(3), count)
+    with pytest.raises(ValueError, match=f"cannot select {count} of 3"):
+        masks.largest(torch.ones(5), count, torch.tensor([False, True, False, True, False]))
+
+
+def test_a_kept_weight_of_zero_goes_before_every_pruned_one() -> None:
+    old = torch.tensor([False, True, True, False, True])
+    magnitude = torch.tensor([-1.0, 0.0, 0.0, -1.0, 2.0])
+    assert masks.select_largest(magnitude, 3).tolist() == old.tolist()
+    assert masks.select_largest(magnitude, 4).tolist() == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize(
