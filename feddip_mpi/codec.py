@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddip_mpi import entropy, indices, masks, values
+from feddip_mpi import entropy, indices, masks, staging, values
 from feddip_mpi.errors import PeerError
 from feddip_mpi.support import Support
 from feddip_mpi.values import Coded
@@ -133,14 +133,14 @@ class Message:
             places, coding = coded.data, (coded.coding, coded.parameter, _COMPLEMENT * coded.complement)
             tail = self.other[:0]
         body, phase = self.coded.packed(start, stop)
-        packed, compressed = entropy.shorter(_to_host(body)) if self.compress else (_to_host(body), False)
-        index_bytes = _to_host(places) if places is not None else np.zeros(0, np.uint8)
+        packed, compressed = entropy.shorter(staging.to_host(body)) if self.compress else (staging.to_host(body), False)
+        index_bytes = staging.to_host(places) if places is not None else np.zeros(0, np.uint8)
         flags = _DENSE * self.dense | _COMPRESSED * compressed | coding[2]
         header = _HEADER.pack(
             _MAGIC, _VERSION, self.kind, values.KINDS.index(self.coded.kind), flags, coding[0], coding[1], phase,
             self.round, self.client, self.support.digest, lo, hi, stop - start, index_bytes.size, 0,
         )[: -_CRC.size]  # fmt: skip
-        other = _to_host(values.as_bytes(tail))
+        other = staging.to_host(values.as_bytes(tail))
         frame = np.concatenate([np.frombuffer(header + bytes(_CRC.size), np.uint8), index_bytes, packed, other])
         frame[len(header) : _HEADER.size] = np.frombuffer(_CRC.pack(_checksum(frame)), np.uint8)
         return frame, Bytes(packed.size, index_bytes.size, other.size, _HEADER.size)
@@ -237,7 +237,7 @@ def _read_body(frame: np.ndarray, head: _Header, carried: Support, size: int) ->
     if head.count != count or not count <= hi - lo:
         raise ValueError(f"{head.count} values, {count} expected")
     other = 4 * (head.hi - head.lo - (hi - lo)) if head.kind == SUPPORT else 0
-    body = torch.from_numpy(frame[_HEADER.size :]).to(carried.mask.device)
+    body = staging.to_device(frame[_HEADER.size :], carried.mask.device)
     ends = [head.index_bytes, body.numel() - other]
     if not ends[0] <= ends[1]:
         raise ValueError("sections overlap")
@@ -357,7 +357,3 @@ def _checksum(frame: np.ndarray) -> int:
     """CRC-32 of a frame without the field that holds it: an altered header is as bad as an altered value."""
     head = zlib.crc32(frame[: _HEADER.size - _CRC.size].data)
     return zlib.crc32(np.ascontiguousarray(frame[_HEADER.size :]).data, head)
-
-
-def _to_host(data: Tensor) -> np.ndarray:
-    return data.cpu().numpy()

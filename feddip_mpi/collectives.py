@@ -23,6 +23,9 @@ from feddip_mpi.errors import FeddipError, InputError, PeerError
 
 # Counts and displacements of MPI-3 are int32 and Open MPI refuses larger ones: stay below in every call.
 MESSAGE_LIMIT = 2**31 - 2**16
+# What is above the limit travels in pieces of so many bytes a rank: large enough to hide a call's latency, small
+# enough to be copied out of a second buffer that nobody notices.
+_PIECE = 2**26
 # A thread that waits for MPI must not burn the core of the one that trains; it looks again after so many seconds.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
 
@@ -161,11 +164,15 @@ class Communicator:
         done.set_result(work())
         return done
 
-    def _complete(self, request: Any) -> None:
+    def _call(self, handle: Any, name: str, *arguments: Any) -> None:
+        """A collective by name: blocking here, in the background by requests that a thread tests now and then.
+
+        The blocking ones have the better algorithms (Open MPI 5: rings and trees against all-to-all).
+        """
         if threading.current_thread() is threading.main_thread():
-            request.Wait()
+            getattr(handle, name)(*arguments)
             return
-        pause = _SHORTEST_PAUSE
+        request, pause = getattr(handle, f"I{name.lower()}")(*arguments), _SHORTEST_PAUSE
         while not request.Test():
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -214,7 +221,7 @@ class Communicator:
         outgoing = np.array([[part.size for part in own] for own in parts], np.int64).reshape(-1)
         incoming = np.empty(sum(counts), np.int64)
         own_counts = [len(payloads)] * self.size
-        self._complete(self._bulk.Ialltoallv([outgoing, own_counts], [incoming, list(counts)]))
+        self._call(self._bulk, "Alltoallv", [outgoing, own_counts], [incoming, list(counts)])
         lengths = np.split(incoming, np.cumsum(counts)[:-1])
         mine = _joined([_joined(own) for own in parts])
         to_ranks = outgoing.reshape(self.size, -1).sum(axis=1)
@@ -253,7 +260,7 @@ class Communicator:
         step = self._limit // values.itemsize
         for start in range(0, values.size, step):
             piece = slice(start, start + step)
-            self._complete(self._bulk.Iallreduce(values[piece], out[piece]))
+            self._call(self._bulk, "Allreduce", values[piece], out[piece])
         self.sent["update"] += values.nbytes
         self.received["update"] += values.nbytes if self.size > 1 else 0
         return out
@@ -267,7 +274,7 @@ class Communicator:
         self._require_count(payloads, counts)
         lengths = np.array([payload.size for payload in payloads], np.int64)
         out = np.empty(sum(counts), np.int64)
-        self._complete(self._bulk.Iallgatherv(lengths, [out, list(counts)]))
+        self._call(self._bulk, "Allgatherv", lengths, [out, list(counts)])
         self.sent["update"] += lengths.nbytes
         self.received["update"] += out.nbytes - lengths.nbytes
         return np.split(out, np.cumsum(counts)[:-1])
@@ -276,14 +283,16 @@ class Communicator:
         """Ragged Allgatherv of bytes, cut so that no single call passes the message limit in total."""
         out = np.empty(sum(rank_bytes), np.uint8)
         share = max(1, self._limit // len(rank_bytes))
+        if out.size > self._limit:
+            share = min(share, _PIECE)
         starts = np.concatenate([[0], np.cumsum(rank_bytes)[:-1]])
         for begin in range(0, max(rank_bytes, default=0), share):
             parts = [min(max(total - begin, 0), share) for total in rank_bytes]
             if sum(parts) == out.size:
-                self._complete(handle.Iallgatherv(mine, [out, parts]))
+                self._call(handle, "Allgatherv", mine, [out, parts])
                 break
             piece = np.empty(sum(parts), np.uint8)
-            self._complete(handle.Iallgatherv(mine[begin : begin + share], [piece, parts]))
+            self._call(handle, "Allgatherv", mine[begin : begin + share], [piece, parts])
             for start, part, chunk in zip(starts, parts, np.split(piece, np.cumsum(parts)[:-1]), strict=True):
                 out[start + begin : start + begin + part] = chunk
         return out
@@ -292,18 +301,19 @@ class Communicator:
         """Alltoallv of bytes, cut likewise; all ranks make as many calls as the longest message needs."""
         share = max(1, self._limit // self.size)
         longest = np.array([max(to_ranks)], np.int64)
-        self._complete(self._bulk.Iallreduce(self._mpi.IN_PLACE, longest, self._mpi.MAX))
-        if longest[0] <= share:
+        self._call(self._bulk, "Allreduce", self._mpi.IN_PLACE, longest, self._mpi.MAX)
+        if longest[0] <= share:  # one call, into its place
             out = np.empty(sum(from_ranks), np.uint8)
-            self._complete(self._bulk.Ialltoallv([mine, list(to_ranks)], [out, list(from_ranks)]))
+            self._call(self._bulk, "Alltoallv", [mine, list(to_ranks)], [out, list(from_ranks)])
             return out
+        share = min(share, _PIECE)
         sources, targets = _cut(mine, to_ranks), [np.empty(size, np.uint8) for size in from_ranks]
         for begin in range(0, int(longest[0]), share):
             outgoing = [source[begin : begin + share] for source in sources]
             incoming = [target[begin : begin + share] for target in targets]
             piece = np.empty(sum(part.size for part in incoming), np.uint8)
             sizes = [part.size for part in outgoing], [part.size for part in incoming]
-            self._complete(self._bulk.Ialltoallv([_joined(outgoing), sizes[0]], [piece, sizes[1]]))
+            self._call(self._bulk, "Alltoallv", [_joined(outgoing), sizes[0]], [piece, sizes[1]])
             for part, chunk in zip(incoming, _cut(piece, sizes[1]), strict=True):
                 part[...] = chunk
         return _joined(targets)
@@ -428,7 +438,7 @@ class Communicator:
         """What the ranks of this node have written before is seen by all of them after."""
         if window is not None:
             window.Sync()
-        self._complete(self._bulk_node.Ibarrier())
+        self._call(self._bulk_node, "Barrier")
         if window is not None:
             window.Sync()
 
@@ -501,6 +511,9 @@ class Communicator:
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Parts as one array; no copy of a single one."""
+    if len(parts) == 1:
+        return np.ascontiguousarray(parts[0])
     return np.concatenate(parts) if len(parts) else np.zeros(0, np.uint8)
 
 
