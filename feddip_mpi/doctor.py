@@ -49,8 +49,7 @@ def examine(comm: Communicator, target: str | None, overrides: Sequence[str], as
         else:
             show(rows, folder, found)
     broken = sum(verdict.broken for verdict in found)
-    if broken:
-        raise InputError(f"{broken} thing{'s' * (broken > 1)} to repair before a run, see above")
+    comm.check(InputError(f"{broken} thing{'s' * (broken > 1)} to repair before a run, see above") if broken else None)
 
 
 def _target(target: str | None, overrides: Sequence[str]) -> tuple[Config, Path]:

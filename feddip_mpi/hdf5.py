@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from feddip_mpi.errors import DamagedFileError, InputError
+from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
 
 _SEAL_BYTES = 512  # of the user block; HDF5 allows powers of two from 512
 _SEAL_TITLE = b"feddip-mpi sealed HDF5\n"
@@ -131,6 +132,23 @@ def replace_durably(temporary: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be written, in the system's words; HDF5 wraps them in its own."""
+    if isinstance(error, OSError) and error.strerror and "error message" not in error.strerror:
+        return error.strerror
+    inner = re.search(r"error message = '([^']*)'", str(error))
+    return inner[1] if inner else " ".join(str(error).split())
+
+
+def cannot_write(error: OSError, path: Path | None = None) -> FeddipError:
+    """A readable error for a file of the run folder that cannot be written."""
+    name = path or error.filename or "a file of the run folder"
+    return FeddipError(
+        f"{name}: cannot be written ({reason(error)}); checkpoints are untouched: free space or make it writable, then "
+        "`feddip-mpi resume` goes on"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

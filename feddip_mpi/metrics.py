@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -167,16 +168,22 @@ class MetricsFile:
 
     def __init__(self, path: Path, history: Sequence[Record]) -> None:
         """Begin with the lines of `history`: rounds after the resumed checkpoint are run, and written, again."""
+        self._path = path
         hdf5.write_text(path, "".join(to_line(record) + "\n" for record in history))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
 
     def append(self, record: Record) -> None:
-        self._file.write(to_line(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Raises FeddipError where the line cannot be written."""
+        try:
+            self._file.write(to_line(record) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise hdf5.cannot_write(error, self._path) from None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what was not written has been complained about
+            self._file.close()
 
 
 def read(path: Path) -> list[Record]:

@@ -298,7 +298,7 @@ def _require_finite(loss: float, update: Tensor, plan: RoundPlan, client: int, r
         return
     raise NumericalError(
         f"client {client} (rank {rank}) diverged in round {plan.round + 1}: loss {loss}, learning rate "
-        f"{plan.learning_rate:g}; the last checkpoint is untouched: lower learning_rate and start again from there"
+        f"{plan.learning_rate:g}; checkpoints are untouched. Start a new run with a lower learning_rate"
     )
 
 

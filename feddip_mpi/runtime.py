@@ -129,6 +129,13 @@ class StopFlag:
         self.requested = False
         self.name = ""
 
+    @classmethod
+    def installed(cls) -> StopFlag:
+        """A flag that signals set from now on: first thing in a run, because a signal may come while data is read."""
+        flag = cls()
+        flag.install()
+        return flag
+
     def install(self) -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
@@ -142,6 +149,7 @@ class StopFlag:
 
 def start_log(folder: Path | None, rank: int) -> None:
     """Messages of all ranks go to stderr, rank 0's also to `folder`/run.log (appended)."""
+    logging.raiseExceptions = False  # a full disk is told once, by whoever saves, not by a dump for each line
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO)

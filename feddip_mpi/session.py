@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from feddip_mpi import checkpoint, config, federation, hdf5, masks, methods, metrics, rounds, runtime, server
+from feddip_mpi import checkpoint, config, federation, hdf5, masks, methods, metrics, rounds, runtime, schedules, server
 from feddip_mpi.checkpoint import Loaded, Snapshot
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
@@ -22,57 +22,10 @@ from feddip_mpi.metrics import Record
 from feddip_mpi.report import terminal
 from feddip_mpi.residuals import Residual
 from feddip_mpi.rounds import State
+from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Names inside a run's folder."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def finished(self) -> Path:
-        """Exists exactly when the run is complete: an exit code of mpirun proves nothing (docs/sharp-bits.md)."""
-        return self.path / "finished.json"
-
-    @property
-    def plot(self) -> Path:
-        return self.path / "run.png"
-
-    def create(self, settings: Config) -> None:
-        """Make a new folder. Raises InputError if it exists with anything in it, or cannot be made."""
-        self.require_free()
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            hdf5.write_text(self.config, config.to_yaml(settings))
-        except OSError as error:
-            raise InputError(
-                f"--out {self.path}: cannot be created ({error}); name a folder you may write to"
-            ) from None
-
-    def require_free(self) -> None:
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise InputError(
-                f"--out {self.path}: holds files already and is never overwritten; `feddip-mpi resume {self.path}` goes "
-                "on with it, another --out starts anew"
-            )
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--out {self.path}: exists and is no folder; name another one")
 
 
 def on_root(comm: Communicator, work: Callable[[], T]) -> T:
@@ -83,6 +36,8 @@ def on_root(comm: Communicator, work: Callable[[], T]) -> T:
             value = work()
         except FeddipError as caught:
             error = caught
+        except OSError as caught:
+            error = hdf5.cannot_write(caught)
     comm.check(error)
     result: T = comm.broadcast(value)
     return result
@@ -91,6 +46,7 @@ def on_root(comm: Communicator, work: Callable[[], T]) -> T:
 def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None) -> None:
     """Start a new run. Raises Stopped when a signal ended it after saving."""
     runtime.check_launch(comm.size)
+    stop = runtime.StopFlag.installed()
 
     def read() -> list[Any]:
         settings = config.load(config_path, overrides)
@@ -101,29 +57,40 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
     values, path = on_root(comm, read)
     settings, folder = config.validate(values), RunFolder(Path(path))
     built = build(comm, settings)
-    on_root(comm, lambda: folder.create(settings))
+    locks: list[Lock] = []
+    on_root(comm, lambda: locks.append(folder.create(settings)))
     _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
+    _begin(built, folder, stop)
+
+
+def _begin(built: Federation, folder: RunFolder, stop: runtime.StopFlag) -> None:
+    """Play a run from its first round on."""
     state = rounds.initial_state(built)
-    created = on_root(comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    _play(built, folder, state, [], created)
+    created = on_root(built.comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    _play(built, folder, state, [], created, stop)
 
 
 def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
-    """Go on with a run from its newest checkpoint that verifies, on any number of ranks."""
+    """Go on with a run from its newest checkpoint that verifies, on any number of ranks.
+
+    A run that ended before its first checkpoint begins again, as its folder says.
+    """
     runtime.check_launch(comm.size)
-    folder = RunFolder(Path(path))
-    loaded: list[Loaded] = []
+    stop = runtime.StopFlag.installed()
+    folder, loaded, locks = RunFolder(Path(path)), list[Loaded](), list[Lock]()
 
     def read() -> list[Any]:
         if not folder.path.is_dir():
             raise InputError(f"{folder.path}: no such run folder; `train` prints the name of the one it makes")
+        saved = bool(checkpoint.listed(folder.checkpoints))
+        if saved or folder.config.exists():  # anything else is no run folder, and nothing is written there
+            locks.append(Lock(folder))
+        if not saved and folder.config.exists():
+            settings = config.override(config.load(folder.config), overrides, config.RESUMABLE_KEYS)
+            return [config.to_dict(settings), [], 0, False]
         found, refused = checkpoint.newest(folder.checkpoints)
         settings = config.override(found.config, overrides, config.RESUMABLE_KEYS)
-        if settings.rounds < found.server.round:
-            raise InputError(
-                f"--set rounds={settings.rounds}: the run has finished {found.server.round} rounds; rounds must be at "
-                "least that"
-            )
+        _check_rounds(settings, found)
         loaded.append(found)
         # Rank 0 looks for all: file systems show a file to some nodes sooner than to others.
         complete = found.server.round >= settings.rounds and folder.finished.exists()
@@ -132,7 +99,7 @@ def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
     values, refused, done, complete = on_root(comm, read)
     settings = config.validate(values)
     if comm.rank == 0:
-        _open_log(comm, folder, f"resume after round {done} from {loaded[0].path.name}: {comm.size} ranks")
+        _open_log(comm, folder, f"resume after round {done} {_source(loaded)}: {comm.size} ranks")
         for reason in refused:
             log.warning("refused a checkpoint: %s", reason)
     if complete:
@@ -140,13 +107,41 @@ def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
             terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
         return
     built = build(comm, settings)
+    if done == 0:
+        on_root(comm, lambda: _reopen(folder, settings))
+        _begin(built, folder, stop)
+        return
     state, history, created = _restore(built, loaded[0] if loaded else None)
     on_root(comm, lambda: _reopen(folder, settings))
-    _play(built, folder, state, history, created)
+    _play(built, folder, state, history, created, stop)
+
+
+def _source(loaded: Sequence[Loaded]) -> str:
+    return f"from {loaded[0].path.name}" if loaded else "(it was never saved: it begins again)"
+
+
+def _check_rounds(settings: Config, found: Loaded) -> None:
+    """Raises InputError for a number of rounds that is past, or that leaves no mask update to reach the final sparsity."""
+    done = found.server.round
+    if settings.rounds < done:
+        raise InputError(
+            f"--set rounds={settings.rounds}: the run has finished {done} rounds; rounds must be at least that"
+        )
+    prunes = methods.METHODS[settings.method].prunes
+    reached = found.server.support.count <= masks.kept_count(found.server.support.size, settings.sparsity.final)
+    share = settings.mask.freeze_after
+    if prunes and not reached and schedules.last_mask_update(settings.rounds, share) <= done:
+        enough = next(n for n in itertools.count(done) if schedules.last_mask_update(n, share) > done)
+        raise InputError(
+            f"--set rounds={settings.rounds}: the last mask update would belong to a round that is over ({done} are), and "
+            f"the model has {masks.sparsity(found.server.mask):.4f} of sparsity.final = {settings.sparsity.final}; rounds "
+            f"must be at least {enough}"
+        )
 
 
 def _reopen(folder: RunFolder, settings: Config) -> None:
     folder.finished.unlink(missing_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
     hdf5.write_text(folder.config, config.to_yaml(settings))
 
 
@@ -223,12 +218,17 @@ def check_same(built: Federation, loaded: Loaded) -> None:
     checkpoint.check_model(loaded, built.layout)
 
 
-def _play(built: Federation, folder: RunFolder, state: State, history: list[Record], created: str) -> None:
+def _play(
+    built: Federation, folder: RunFolder, state: State, history: list[Record], created: str, stop: runtime.StopFlag
+) -> None:
     comm = built.comm
-    stop = runtime.StopFlag()
-    stop.install()
     saver = FolderSaver(built, folder, created)
-    sink = metrics.MetricsFile(folder.metrics, history) if comm.rank == 0 else None
+    sinks: list[metrics.MetricsFile] = []
+    on_root(comm, lambda: sinks.append(metrics.MetricsFile(folder.metrics, history)))
+    sink = sinks[0] if sinks else None
+    if comm.any(stop.requested):
+        message = f"stopped by a signal before round {state.server.round + 1}"
+        comm.check(Stopped(f"{message}; `feddip-mpi resume {folder.path}` goes on"))
     progress = terminal.progress(built, folder.path) if comm.rank == 0 else None
 
     def report(record: Record) -> None:
@@ -254,32 +254,36 @@ def _play(built: Federation, folder: RunFolder, state: State, history: list[Reco
 
 
 def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
-    dense = rounds.score_model(built, state.server.weights)
+    pruned = history[-1]["test_accuracy"] if history else None
+    if pruned is None:  # resumed with as many rounds as are done, the last of which was not evaluated
+        pruned = rounds.score_model(built, server.pruned(state.server.weights, state.server.mask)).top1
+    memory = rounds.score_model(built, state.server.weights)
     if built.comm.rank != 0:
         return
-    summary = summarise(built, history, dense.top1)
+    summary = summarise(built, history, pruned, memory.top1)
     plot = _draw(built, folder, history)
     terminal.show_summary(summary, folder.path, plot)
     hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
     log.info("finished after round %d", state.server.round)
 
 
-def summarise(built: Federation, history: Sequence[Record], dense_accuracy: float) -> dict[str, Any]:
+def summarise(built: Federation, history: Sequence[Record], accuracy: float, memory_accuracy: float) -> dict[str, Any]:
     """The run in a few numbers. The last rounds' mean goes beside the last value: one round's accuracy is noisy."""
     last = history[-1]
-    scored = [r["test_accuracy"] for r in history if r["test_accuracy"] is not None][-5:]
+    scored = [r["test_accuracy"] for r in history if r["test_accuracy"] is not None][-5:] or [accuracy]
     uploaded, dense = (sum(r[name] for r in history) for name in ("upload_bytes", "dense_bytes"))
     return {
         "rounds": last["round"],
         "ranks": built.comm.size,
-        "test_accuracy": last["test_accuracy"],
+        "test_accuracy": accuracy,
         "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
         "test_accuracy_spread_of_last_5": max(scored) - min(scored),
-        "dense_memory_accuracy": dense_accuracy,
+        "dense_memory_accuracy": memory_accuracy,
         "sparsity": last["sparsity"],
         "sparsity_by_layer": last["sparsity_by_layer"],
         "upload_bytes": uploaded,
         "dense_bytes": dense,
+        "exchange": built.config.exchange,
         "wire_bytes": sum(r["wire_bytes"] for r in history),
         "seconds": sum(r["round_seconds"] for r in history),
         "peak_host_memory_bytes": max(r["host_memory_bytes"] for r in history),
@@ -328,9 +332,8 @@ class FolderSaver:
                 settings = self._built.config.checkpoint
                 checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity())
             except (OSError, RuntimeError) as caught:
-                reason = " ".join(str(caught).split())
                 error = FeddipError(
-                    f"{path}: cannot be saved ({reason}); earlier checkpoints are untouched: free space, resume"
+                    f"{path}: cannot be saved ({hdf5.reason(caught)}); earlier checkpoints are untouched: free space, resume"
                 )
         for _ in residuals:  # the other ranks send until the last client, also when rank 0 has failed
             pass

@@ -25,10 +25,25 @@ done
 # mpirun hides from the ranks whether a person is watching.
 [[ -t 1 ]] && export FEDDIP_PROGRESS=${FEDDIP_PROGRESS:-rich}
 say "$NP ranks, $(basename "$MPIRUN") ($MPI_KIND); run folder: $OUT"
-# With `-m mpi4py` an exception on one rank ends all of them instead of leaving the others waiting.
-status=0
-"$MPIRUN" -n "$NP" "${MPI_OPTIONS[@]}" python -m mpi4py -m feddip_mpi train configs/quickstart.yaml \
-    "${OUT_OPTIONS[@]}" "${DATA_OPTIONS[@]}" "$@" || status=$?
+# In a process group of its own: Ctrl-C reaches this script alone, mpirun would kill its ranks within half a second.
+set -m
+"$MPIRUN" -n "$NP" "${MPI_OPTIONS[@]}" python -m feddip_mpi train configs/quickstart.yaml \
+    "${OUT_OPTIONS[@]}" "${DATA_OPTIONS[@]}" "$@" &
+mpirun_pid=$!
+set +m
+stop() {
+    say "stopping after this round, with everything saved (again: at once)"
+    trap 'kill -TERM "$mpirun_pid"' INT TERM
+    kill -USR1 "$mpirun_pid"
+}
+trap stop INT TERM
+# A trapped signal ends `wait` early: wait until mpirun is really gone.
+while :; do
+    status=0
+    wait "$mpirun_pid" || status=$?
+    kill -0 "$mpirun_pid" 2>/dev/null || break
+done
+trap - INT TERM
 
 if ((status == 75)); then
     say "stopped and saved; go on with: $VENV/bin/feddip-mpi resume $OUT"

@@ -26,8 +26,18 @@ class Progress(Protocol):
 
 
 def say(text: str) -> None:
-    """A line on stdout, seen at once also through a pipe."""
-    print(text, flush=True)
+    """A line on stdout, seen at once also through a pipe; a reader that has gone ends no run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        leave_stdout()
+
+
+def leave_stdout() -> None:
+    """Whoever read stdout has gone (`| head`): what is still said goes nowhere, numbers and log go to their files."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def size(count: float) -> str:
@@ -103,19 +113,31 @@ class RichProgress:
     def __init__(self, rounds: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        from rich.table import Column
+
+        whole = Column(no_wrap=True)
+        # On a narrow terminal the bar shrinks first, then the numbers are cut; round and time left stay.
         self._bar = Progress(
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=whole),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=52)),
+            TimeRemainingColumn(compact=True, table_column=whole),
+            expand=True,
         )
         self._rounds = rounds
+        self._accuracy = "-"
         self._task = self._bar.add_task("rounds", total=rounds, numbers="")
         self._bar.start()
 
     def show(self, record: Record) -> None:
-        self._bar.update(self._task, completed=record["round"], numbers=line(record, self._rounds).split("  ", 1)[1])
+        accuracy = record["test_accuracy"]
+        if accuracy is not None:
+            self._accuracy = f"{accuracy:.4f}"
+        numbers = (
+            f"acc {self._accuracy} loss {record['train_loss']:.3f} zeros {record['sparsity']:.3f} "
+            f"sent {size(record['upload_bytes'])}"
+        )
+        self._bar.update(self._task, completed=record["round"], numbers=numbers)
 
     def close(self) -> None:
         self._bar.stop()
@@ -163,9 +185,12 @@ def print_tables(*parts: Any) -> None:
     console = Console(
         force_terminal=None if is_terminal() else False, width=width, markup=False, emoji=False, highlight=False
     )
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
-    sys.stdout.flush()
+    try:
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_stdout()
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -198,7 +223,8 @@ def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tupl
         ("accuracy of the pruned model", f"{summary['test_accuracy']:.4f}"),
         ("  mean (spread) of the last 5 evaluations",
          f"{summary['test_accuracy_mean_of_last_5']:.4f} ({summary['test_accuracy_spread_of_last_5']:.4f})"),
-        ("accuracy of the dense memory, not pruned", f"{summary['dense_memory_accuracy']:.4f}"),
+        ("  with the pruned weights that the server remembers put back, as they are",
+         f"{summary['dense_memory_accuracy']:.4f}"),
         ("sparsity of the prunable weights", f"{summary['sparsity']:.4f}"),
         ("bytes uploaded", f"{size(summary['upload_bytes'])}, {ratio:.1f} times fewer than dense float32 "
                            f"({size(summary['dense_bytes'])})"),

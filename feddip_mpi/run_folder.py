@@ -1,0 +1,97 @@
+"""The folder of a run: the names inside it, and the lock that keeps a second job out of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from feddip_mpi import config, hdf5
+from feddip_mpi.config import Config
+from feddip_mpi.errors import InputError
+from feddip_mpi.runtime import log
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def finished(self) -> Path:
+        """Exists exactly when the run is complete: an exit code of mpirun proves nothing (docs/sharp-bits.md)."""
+        return self.path / "finished.json"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "run.png"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    def create(self, settings: Config) -> Lock:
+        """Make a new folder, locked. Raises InputError if it exists with anything in it, or cannot be made."""
+        self.require_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = Lock(self)
+            self.checkpoints.mkdir()
+            hdf5.write_text(self.config, config.to_yaml(settings))
+        except OSError as error:
+            raise InputError(
+                f"--out {self.path}: cannot be created ({error}); name a folder you may write to"
+            ) from None
+        return lock
+
+    def require_free(self) -> None:
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(
+                f"--out {self.path}: holds files already and is never overwritten; `feddip-mpi resume {self.path}` goes "
+                "on with it, another --out starts anew"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path}: exists and is no folder; name another one")
+
+
+class Lock:
+    """Held as long as this process lives: two jobs in one folder would remove each other's files."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Take it. Raises InputError that names who has it."""
+        self._file: IO[str] = open(folder.lock_file, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise InputError(
+                f"{folder.path}: another job is at work in this run folder ({holder}); wait for its end, or stop it "
+                "(USR1 lets it save first)"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s: no lock on this file system (%s): start no second job in this folder", folder.path, error)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
