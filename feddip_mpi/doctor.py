@@ -12,6 +12,7 @@ from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.report import terminal
+from feddip_mpi.run_folder import RunFolder
 
 Row = dict[str, Any]
 
@@ -57,7 +58,7 @@ def _target(target: str | None, overrides: Sequence[str]) -> tuple[Config, Path]
     if target is None:
         return config.parse("", overrides), Path("runs")
     if Path(target).is_dir():
-        folder = session.RunFolder(Path(target))
+        folder = RunFolder(Path(target))
         settings = config.load(folder.config, overrides) if folder.config.exists() else config.parse("", overrides)
         return settings, folder.path
     return config.load(target, overrides), Path("runs")

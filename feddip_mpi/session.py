@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,10 +58,14 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
     values, path = on_root(comm, read)
     settings, folder = config.validate(values), RunFolder(Path(path))
     built = build(comm, settings)
-    locks: list[Lock] = []
-    on_root(comm, lambda: locks.append(folder.create(settings)))
-    _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
-    _begin(built, folder, stop)
+    with ExitStack() as held:
+        on_root(comm, lambda: _hold(held, folder.create(settings)))
+        _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
+        _begin(built, folder, stop)
+
+
+def _hold(held: ExitStack, lock: Lock) -> None:
+    held.callback(lock.release)
 
 
 def _begin(built: Federation, folder: RunFolder, stop: runtime.StopFlag) -> None:
@@ -77,14 +82,21 @@ def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
     """
     runtime.check_launch(comm.size)
     stop = runtime.StopFlag.installed()
-    folder, loaded, locks = RunFolder(Path(path)), list[Loaded](), list[Lock]()
+    with ExitStack() as held:
+        _resume(comm, RunFolder(Path(path)), overrides, stop, held)
+
+
+def _resume(
+    comm: Communicator, folder: RunFolder, overrides: Sequence[str], stop: runtime.StopFlag, held: ExitStack
+) -> None:
+    loaded: list[Loaded] = []
 
     def read() -> list[Any]:
         if not folder.path.is_dir():
             raise InputError(f"{folder.path}: no such run folder; `train` prints the name of the one it makes")
         saved = bool(checkpoint.listed(folder.checkpoints))
         if saved or folder.config.exists():  # anything else is no run folder, and nothing is written there
-            locks.append(Lock(folder))
+            _hold(held, Lock(folder))
         if not saved and folder.config.exists():
             settings = config.override(config.load(folder.config), overrides, config.RESUMABLE_KEYS)
             return [config.to_dict(settings), [], 0, False]
@@ -112,7 +124,7 @@ def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
         _begin(built, folder, stop)
         return
     state, history, created = _restore(built, loaded[0] if loaded else None)
-    on_root(comm, lambda: _reopen(folder, settings))
+    on_root(comm, lambda: _reopen(folder, settings))  # not before: data that does not fit must change nothing
     _play(built, folder, state, history, created, stop)
 
 

@@ -31,6 +31,7 @@ set -m
     "${OUT_OPTIONS[@]}" "${DATA_OPTIONS[@]}" "$@" &
 mpirun_pid=$!
 set +m
+# shellcheck disable=SC2317  # called by the trap
 stop() {
     say "stopping after this round, with everything saved (again: at once)"
     trap 'kill -TERM "$mpirun_pid"' INT TERM

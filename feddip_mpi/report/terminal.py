@@ -112,7 +112,6 @@ class RichProgress:
 
     def __init__(self, rounds: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         from rich.table import Column
 
         whole = Column(no_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import launch
 import pytest
+
 import runs
+from feddip_mpi import run_folder
 
 pytestmark = pytest.mark.mpi
 
@@ -138,6 +141,58 @@ def _place_of_weights(path: Path) -> int:
     with h5py.File(path) as file:
         dataset = file["model/parameters/first.weight"]
         return int(dataset.id.get_offset()) + dataset.nbytes // 2
+
+
+def test_a_run_that_was_never_saved_begins_again(config: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    changes = {"model__name": "small_models:fragile", "checkpoint__every": 99, "rounds": 8}
+    with launch.Job([*launch.FEDDIP, *runs.train(config, run, **changes)], extra=slowly(None)) as job:
+        job.wait_until(lambda: len(runs.lines(run)) >= 2)
+        job.send(signal.SIGKILL)
+        job.wait(30)
+    assert list((run / "checkpoints").iterdir()) == []
+    done = launch.run([*launch.FEDDIP, *runs.train(config, run, **changes)]).expect(2)
+    assert f"feddip-mpi resume {run}" in done.text
+    # Stopped before its first round, it is no worse: nothing is there to save.
+    with launch.Job([*launch.FEDDIP, "resume", str(run)], extra=slowly(None)) as job:
+        job.wait_until(lambda: "small_models" in job.text)
+        job.send(signal.SIGUSR1)
+        job.wait(60).expect(75)
+    launch.run([*launch.FEDDIP, "resume", str(run)]).expect(0)
+    launch.run([*launch.FEDDIP, *runs.train(config, whole, **changes)]).expect(0)
+    runs.assert_equal(whole, run)
+    assert "it was never saved: it begins again" in (run / "run.log").read_text()
+
+
+def test_a_second_job_in_a_run_folder_is_refused(never_stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(never_stopped, run)
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file())
+    holder = run_folder.Lock(run_folder.RunFolder(run))
+    done = launch.run([*launch.FEDDIP, "resume", str(run), "--set", "rounds=31"]).expect(2)
+    assert "another job is at work in this run folder (process " in done.text
+    after = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file() and path.name != ".lock")
+    assert after == [entry for entry in before if entry[0].name != ".lock"]
+    holder.release()
+    launch.run([*launch.FEDDIP, "resume", str(run), "--set", "rounds=41"]).expect(0)
+
+
+def test_rounds_too_few_for_the_final_sparsity_are_refused(config: Path, tmp_path: Path) -> None:
+    """A shorter run must not end short of what was asked; without any evaluation a run still ends."""
+    prunes = {"rounds": 20, "eval__every": 20, "model__name": "small_models:fragile"}
+    average = {**prunes, "method": "fedavg"}
+    commands = [
+        {"argv": runs.train(config, tmp_path / "prunes", **prunes), "stop_after": 8},
+        {"argv": ["resume", str(tmp_path / "prunes"), "--set", "rounds=9"]},
+        {"argv": ["resume", str(tmp_path / "prunes"), "--set", "rounds=11"]},
+        {"argv": runs.train(config, tmp_path / "average", **average), "stop_after": 8},
+        {"argv": ["resume", str(tmp_path / "average"), "--set", "rounds=8"]},
+    ]
+    reports = runs.play(commands, tmp_path / "steps", None)
+    assert [ranks[0]["code"] for ranks in reports] == [75, 2, 0, 75, 0]
+    assert "rounds must be at least 11" in reports[1][0]["err"]
+    assert runs.lines(tmp_path / "prunes")[-1]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert json.loads((tmp_path / "average" / "finished.json").read_text())["test_accuracy"] > 0
 
 
 def test_every_round_can_be_the_last_before_a_stop(config: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from feddip_mpi import checkpoint, config, federation, masks, rounds, session
+from feddip_mpi import checkpoint, config, federation, masks, rounds, run_folder, session
 from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, NumericalError
 from feddip_mpi.federation import Federation
@@ -228,7 +228,7 @@ def test_the_best_finished_model_is_kept_also_where_nothing_is_pruned(method: st
     values["mask"] = {"every": 1, "freeze_after": 0.5}
     values["checkpoint"] = {"every": 1, "keep": 1}
     built = federation.build(config.validate(values), Alone(), torch.device("cpu"))
-    folder = session.RunFolder(tmp_path)
+    folder = run_folder.RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     saver = session.FolderSaver(built, folder, "2026-01-02T03:04:05+0000")
     state, history = rounds.initial_state(built), []
