@@ -108,9 +108,7 @@ class LocalTrainer:
         active = bound.vector
         active.copy_(received)
         self._weights.copy_(received[: layout.parameters])
-        bound.reset_counters()
-        bound.model.train()
-        torch.manual_seed(torch_seed(self.rule.seed, "dropout", round, client))
+        self._begin("dropout", round, client)
         kept = mask.to(torch.float32)
         loss_sum = torch.zeros((), device=active.device)
         batches = self._batches(samples, round, client)
@@ -128,12 +126,16 @@ class LocalTrainer:
         count = len(samples) * self.rule.epochs
         return LocalResult(update, float(loss_sum) / len(batches), count)
 
-    def mean_gradient(self, weights: Tensor, samples: np.ndarray) -> Tensor:
-        """Gradient [n] (zero for buffers) of the mean loss over the client's images at `weights` float32 [n]."""
+    def mean_gradient(self, weights: Tensor, samples: np.ndarray, round: int, client: int) -> Tensor:
+        """Gradient [n] (zero for buffers) of the mean loss over the client's images at `weights` float32 [n].
+
+        Args:
+            weights, samples: as in `train`.
+            round, client: name the random streams, which are not those of `train`.
+        """
         bound, layout = self.bound, self.bound.layout
         bound.vector.copy_(weights)
-        bound.reset_counters()
-        bound.model.train()
+        self._begin("mean gradient", round, client)
         total = torch.zeros_like(weights)
         order = torch.from_numpy(samples).to(weights.device)
         for start, stop in batch_bounds(len(samples), self.rule.batch_size):
@@ -143,6 +145,12 @@ class LocalTrainer:
             total[: layout.parameters].add_(self._gradient, alpha=(stop - start) / len(samples))
             bound.vector[layout.parameters :] = weights[layout.parameters :]
         return total
+
+    def _begin(self, purpose: str, round: int, client: int) -> None:
+        """The model as a client finds it, whoever was trained before: counters, mode, torch's generator (dropout)."""
+        self.bound.reset_counters()
+        self.bound.model.train()
+        torch.manual_seed(torch_seed(self.rule.seed, purpose, round, client))
 
     def _gradient_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the cross-entropy at the pruned weights into the flat buffer; returns the loss (no sync)."""

@@ -375,7 +375,8 @@ def _saliency(federation: Federation) -> torch.Tensor:
     exchange = Exchange(comm, replace(task, overlap=False))
     for client in plan.participants:
         if placed[client] == comm.rank:
-            gradient = federation.trainer.mean_gradient(federation.initial, federation.partition.train[client])
+            samples = federation.partition.train[client]
+            gradient = federation.trainer.mean_gradient(federation.initial, samples, 0, client)
             generator = streams.stream(config.seed, "rounding", 0, client)
             for message in codec.encode(gradient, task.support, task.upload, 0, client, generator):
                 exchange.post(message)

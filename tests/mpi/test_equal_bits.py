@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dirichlet": {"data__partition": "dirichlet", "data__alpha": 0.3, "eval__clients": True, "eval__every": 2},
     "snip": {"mask__initial": "snip", "server_memory": "off", "upload__residual": "in_mask_only", "participants": 3,
              "upload__values": "bf16"},
+    "snip dropout": {"mask__initial": "snip", "model__name": "small_models:dropping"},
     "published": {"server_memory": "published", "upload__residual": "decay", "participants": 8, "rounds": 4},
     "one client": {**NORMALISED, "participants": 1, "upload__values": "bf16", "feedback": False},
     "quantity": {"data__partition": "quantity", "upload__mode": "dense_at_mask_updates", "upload__values": "int8"},

@@ -214,7 +214,7 @@ def test_snip_keeps_the_largest_saliency_of_the_mean_loss() -> None:
     built = federation.build(config.validate(values), Alone(), torch.device("cpu"))
     mean, total = torch.zeros(built.layout.size, dtype=torch.float64), sum(built.samples)
     for client in range(5):
-        gradient = built.trainer.mean_gradient(built.initial, built.partition.train[client])
+        gradient = built.trainer.mean_gradient(built.initial, built.partition.train[client], 0, client)
         mean += built.samples[client] / total * gradient.double()
     saliency = (mean * built.initial)[: built.layout.prunable].abs()
     mask = rounds.initial_state(built).server.mask

@@ -209,17 +209,26 @@ def test_mean_gradient_is_that_of_the_mean_loss() -> None:
     loss.backward()
     expected = torch.cat([exact.get_parameter(name).grad.reshape(-1) for name in layout.names])
     local = LocalTrainer(BoundModel(model, layout, torch.device("cpu")), split, rule())
-    got = local.mean_gradient(local.bound.vector.clone(), SAMPLES)
+    got = local.mean_gradient(local.bound.vector.clone(), SAMPLES, 0, 0)
     assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_mean_gradient_does_not_learn_statistics() -> None:
     local = trainer(rule())
     weights = local.bound.vector.clone()
-    first = local.mean_gradient(weights, SAMPLES)
-    assert torch.equal(local.mean_gradient(weights, SAMPLES), first)
+    first = local.mean_gradient(weights, SAMPLES, 0, 0)
+    assert torch.equal(local.mean_gradient(weights, SAMPLES, 0, 0), first)
     assert torch.equal(local.bound.vector, weights)
     assert not first[local.bound.layout.parameters :].any()
+
+
+def test_mean_gradient_with_dropout_depends_on_round_and_client_only() -> None:
+    weights = flatten(*small())
+    alone = trainer(rule(), dropout=0.5).mean_gradient(weights, SAMPLES, 0, 2)
+    busy = trainer(rule(), dropout=0.5)
+    others = [busy.mean_gradient(weights, SAMPLES, *key) for key in ((0, 0), (1, 2))]
+    assert torch.equal(busy.mean_gradient(weights, SAMPLES, 0, 2), alone)
+    assert not any(torch.equal(other, alone) for other in others)
 
 
 @given(st.integers(1, 300), st.integers(2, 64))

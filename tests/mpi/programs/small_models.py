@@ -42,6 +42,21 @@ def normalised(in_channels: int, image_size: tuple[int, int], classes: int) -> n
     return Normalised(in_channels, classes)
 
 
+class Dropping(nn.Module):
+    """A classifier whose training depends on random numbers that are drawn in its forward."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.drop, self.second = nn.Linear(inputs, 16), nn.Dropout(0.5), nn.Linear(16, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.drop(torch.relu(self.first(images.flatten(1)))))
+
+
+def dropping(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
+    return Dropping(in_channels * image_size[0] * image_size[1], classes)
+
+
 class Fragile(nn.Module):
     """A linear classifier that does what FEDDIP_TEST_FAULT and FEDDIP_TEST_SLEEP say."""
 
