@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from feddip_mpi import data, methods, models
+from feddip_mpi import data, generators, methods, models
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
 from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError
 from feddip_mpi.local import DeviceData, LocalTrainer
-from feddip_mpi.streams import torch_seed
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
 
@@ -86,8 +85,8 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
 def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.nn.Module, Layout]:
     """The model with its initial weights, which depend on the seed only, and its layout."""
     channels, height, width = (int(x) for x in input_shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(config.seed, "initial weights"))
+    with generators.preserved():
+        generators.seed_all(config.seed, "initial weights")
         model = models.create(config.model.name, channels, (height, width), classes)
     return model, Layout.of(model, models.prunable_names(model, config.model.keep_dense))
 

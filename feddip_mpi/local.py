@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feddip_mpi import generators
 from feddip_mpi.data import augment
-from feddip_mpi.streams import stream, torch_seed
+from feddip_mpi.streams import stream
 from feddip_mpi.vector import BoundModel, Layout
 
 
@@ -147,10 +148,12 @@ class LocalTrainer:
         return total
 
     def _begin(self, purpose: str, round: int, client: int) -> None:
-        """The model as a client finds it, whoever was trained before: counters, mode, torch's generator (dropout)."""
+        """The model as a client finds it, whoever was trained before: counters, mode, random numbers of its forward."""
         self.bound.reset_counters()
         self.bound.model.train()
-        torch.manual_seed(torch_seed(self.rule.seed, purpose, round, client))
+        # Not torch's generator alone: a forward of the user's may draw from `random` or `numpy.random`
+        # (stochastic depth), and would otherwise see who was trained before it on this rank.
+        generators.seed_all(self.rule.seed, purpose, round, client)
 
     def _gradient_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the cross-entropy at the pruned weights into the flat buffer; returns the loss (no sync)."""

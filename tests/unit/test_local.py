@@ -1,5 +1,6 @@
 """Local training against the formulas of docs/method.md, written out plainly in float64."""
 
+import random
 from copy import deepcopy
 from itertools import pairwise
 
@@ -22,20 +23,23 @@ PRUNABLE = ["conv.weight", "fc1.weight", "fc2.weight"]
 class Small(nn.Module):
     """Convolution, batch norm of both kinds (exponential and cumulative average), linear layers, biases."""
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, own_noise: bool = False) -> None:
         super().__init__()
+        self.own_noise = own_noise
         self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
         self.fc1, self.norm1 = nn.Linear(12, 6), nn.BatchNorm1d(6, momentum=None)
         self.drop, self.fc2 = nn.Dropout(dropout), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.own_noise:
+            x = x + random.random() + np.random.standard_normal()  # noqa: NPY002
         x = nn.functional.avg_pool2d(torch.tanh(self.norm(self.conv(x))), 2)
         return self.fc2(self.drop(torch.tanh(self.norm1(self.fc1(x.flatten(1))))))
 
 
-def small(dropout: float = 0.0) -> tuple[nn.Module, Layout]:
+def small(dropout: float = 0.0, own_noise: bool = False) -> tuple[nn.Module, Layout]:
     torch.manual_seed(5)
-    model = Small(dropout)
+    model = Small(dropout, own_noise)
     return model, Layout.of(model, PRUNABLE)
 
 
@@ -46,8 +50,8 @@ def data() -> DeviceData:
     return DeviceData(images, labels, torch.full((1, 1, 1, 1), MEAN), torch.full((1, 1, 1, 1), STD))
 
 
-def trainer(rule: LocalRule, dropout: float = 0.0) -> LocalTrainer:
-    model, layout = small(dropout)
+def trainer(rule: LocalRule, dropout: float = 0.0, own_noise: bool = False) -> LocalTrainer:
+    model, layout = small(dropout, own_noise)
     return LocalTrainer(BoundModel(model, layout, torch.device("cpu")), data(), rule)
 
 
@@ -152,16 +156,19 @@ def test_received_weights_and_mask_are_not_changed() -> None:
     assert torch.equal(received, before) and torch.equal(mask, mask_before)
 
 
+@pytest.mark.parametrize("own_noise", [False, True])
 @pytest.mark.parametrize("augment", ["none", "standard"])
-def test_a_client_does_not_see_who_was_trained_before(augment: str) -> None:
+def test_a_client_does_not_see_who_was_trained_before(augment: str, own_noise: bool) -> None:
     this = rule(augment=augment, weight_decay=0.1)
     mask = some_mask(small()[1])
     received = pruned(flatten(*small()), mask)
-    alone = trainer(this, dropout=0.3).train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
-    busy = trainer(this, dropout=0.3)
+    alone = trainer(this, 0.3, own_noise).train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
+    busy = trainer(this, 0.3, own_noise)
     for client in (0, 1):
         busy.train(received + 0.1, ~mask, np.arange(30, 47), 0.3, 0.2, 3, client)
     torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
     after_others = busy.train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
     assert torch.equal(after_others.update, alone.update)
     assert after_others.loss == alone.loss
@@ -222,10 +229,11 @@ def test_mean_gradient_does_not_learn_statistics() -> None:
     assert not first[local.bound.layout.parameters :].any()
 
 
-def test_mean_gradient_with_dropout_depends_on_round_and_client_only() -> None:
+@pytest.mark.parametrize("noise", [{"dropout": 0.5}, {"own_noise": True}])
+def test_mean_gradient_of_a_random_forward_depends_on_round_and_client_only(noise: dict) -> None:
     weights = flatten(*small())
-    alone = trainer(rule(), dropout=0.5).mean_gradient(weights, SAMPLES, 0, 2)
-    busy = trainer(rule(), dropout=0.5)
+    alone = trainer(rule(), **noise).mean_gradient(weights, SAMPLES, 0, 2)
+    busy = trainer(rule(), **noise)
     others = [busy.mean_gradient(weights, SAMPLES, *key) for key in ((0, 0), (1, 2))]
     assert torch.equal(busy.mean_gradient(weights, SAMPLES, 0, 2), alone)
     assert not any(torch.equal(other, alone) for other in others)

@@ -12,10 +12,12 @@ FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals
 from __future__ import annotations
 
 import os
+import random
 import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,13 +45,15 @@ def normalised(in_channels: int, image_size: tuple[int, int], classes: int) -> n
 
 
 class Dropping(nn.Module):
-    """A classifier whose training depends on random numbers that are drawn in its forward."""
+    """A classifier whose forward draws random numbers, in training, from torch, Python and numpy."""
 
     def __init__(self, inputs: int, classes: int) -> None:
         super().__init__()
         self.first, self.drop, self.second = nn.Linear(inputs, 16), nn.Dropout(0.5), nn.Linear(16, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            images = images * random.uniform(0.9, 1.1) + 0.1 * np.random.standard_normal()  # noqa: NPY002
         return self.second(self.drop(torch.relu(self.first(images.flatten(1)))))
 
 

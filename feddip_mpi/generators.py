@@ -1,0 +1,36 @@
+"""The global generators of torch, Python and numpy: nothing here draws from the last two, but a model's own code may.
+
+What a global generator holds depends on which clients a rank has trained before. It is therefore seeded before every
+use, and no number depends on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from feddip_mpi.streams import torch_seed
+
+
+def seed_all(seed: int, purpose: str, round: int = 0, client: int = 0) -> None:
+    """Seed all three for one purpose in one round at one client; arguments as of `streams.stream`."""
+    drawn = torch_seed(seed, purpose, round, client)
+    torch.manual_seed(drawn)
+    random.seed(drawn)
+    np.random.seed(drawn % 2**32)  # noqa: NPY002
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """All three (torch's of the CPU) are afterwards as they were before."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
