@@ -70,7 +70,7 @@ class DeviceData:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client's round leaves: its update float32 [n], mean loss over its batches, images trained on."""
+    """What a client's round leaves: its update float32 [n], mean loss over the images, how many these are."""
 
     update: Tensor
     loss: float
@@ -112,10 +112,9 @@ class LocalTrainer:
         self._begin("dropout", round, client)
         kept = mask.to(torch.float32)
         loss_sum = torch.zeros((), device=active.device)
-        batches = self._batches(samples, round, client)
-        for images, labels in batches:
+        for images, labels in self._batches(samples, round, client):
             loss = self._gradient_step(images, labels)
-            loss_sum += loss
+            loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
             add_regularisation(
                 self._gradient, self._weights, active, layout, kept, self.rule, penalty, received[: layout.parameters]
             )
@@ -125,7 +124,7 @@ class LocalTrainer:
         update = active - received
         update[: layout.parameters] = self._weights - received[: layout.parameters]
         count = len(samples) * self.rule.epochs
-        return LocalResult(update, float(loss_sum) / len(batches), count)
+        return LocalResult(update, float(loss_sum) / count, count)
 
     def mean_gradient(self, weights: Tensor, samples: np.ndarray, round: int, client: int) -> Tensor:
         """Gradient [n] (zero for buffers) of the mean loss over the client's images at `weights` float32 [n].
@@ -186,9 +185,6 @@ class _Batches:
         self, data: DeviceData, order: Tensor, bounds: list[tuple[int, int]], crops: tuple[Tensor, Tensor] | None
     ) -> None:
         self._data, self._order, self._bounds, self._crops = data, order, bounds, crops
-
-    def __len__(self) -> int:
-        return len(self._bounds)
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         for start, stop in self._bounds:

@@ -135,7 +135,7 @@ def test_local_training_follows_the_formulas(changes: dict, penalty: float, whic
     result = local.train(received, mask, SAMPLES, 0.2, penalty, 9, 7)
     expected, losses, buffers = reference(this, mask, 0.2, penalty, 9, 7)
     assert torch.allclose(result.update[: layout.parameters].double(), expected, rtol=1e-4, atol=2e-6)
-    assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result.loss == pytest.approx(np.average(losses, weights=[8, 8, 9] * 2), rel=1e-5)
     assert result.samples == 2 * 25
     # Pruned weights move with feedback and stay without it.
     assert bool(result.update[: layout.prunable][~mask].any()) == (this.feedback and which != "all kept")
@@ -172,6 +172,18 @@ def test_a_client_does_not_see_who_was_trained_before(augment: str, own_noise: b
     after_others = busy.train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
     assert torch.equal(after_others.update, alone.update)
     assert after_others.loss == alone.loss
+
+
+def test_the_loss_is_the_mean_over_images_not_over_batches() -> None:
+    local = trainer(rule(epochs=1, batch_size=20))  # 25 images: batches of 20 and 5
+    received = local.bound.vector.clone()
+    everything = torch.ones(local.bound.layout.prunable, dtype=torch.bool)
+    losses, step = [], local._gradient_step
+    local._gradient_step = lambda images, labels: losses.append((step(images, labels), len(labels))) or losses[-1][0]
+    result = local.train(received, everything, SAMPLES, 0.2, 0.0, 0, 0)
+    assert [count for _, count in losses] == [20, 5]
+    assert result.loss == pytest.approx(sum(float(loss) * count for loss, count in losses) / 25, rel=1e-6)
+    assert result.loss != pytest.approx(sum(float(loss) for loss, _ in losses) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("augment", ["none", "standard"])
