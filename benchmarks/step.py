@@ -33,7 +33,7 @@ def contenders(name: str, shape: tuple[int, int, int], images: int) -> dict[str,
     raw = torch.from_numpy(generator.integers(0, 256, (images, *shape), dtype=np.uint8))
     labels = torch.from_numpy(generator.integers(0, 10, images))
     one = torch.full((1, shape[0], 1, 1), 128.0)
-    data = DeviceData(raw, labels, one, one)
+    data = DeviceData(raw, labels, one, one, channels_last=True)
     model, layout = federation.build_model(settings, shape, 10)
     initial = flatten(model, layout)
     mask = methods.initial_mask(settings, layout, initial)

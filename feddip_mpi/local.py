@@ -46,22 +46,20 @@ class DeviceData:
         images: uint8 [N, C, H, W].
         labels: int64 [N].
         mean, std: float32 [1, C, 1, 1] in units of one grey level (0..255).
+        channels_last: whether batches lie in channels-last memory order; otherwise they are contiguous.
     """
 
     images: Tensor
     labels: Tensor
     mean: Tensor
     std: Tensor
+    channels_last: bool = False
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 or float [B, C, H, W] as normalised float32, on the CPU in channels-last memory order.
-
-        There convolution and pooling then run channels last too: 1.3 times the LeNet-5 step (docs/results/step.json).
-        """
-        if images.device.type != "cpu":
-            return (images.to(torch.float32) - self.mean) / self.std
-        out = (images.to(torch.float32, memory_format=torch.channels_last) - self.mean) / self.std
-        if out.shape[1] == 1:
+        """uint8 or float [B, C, H, W] as normalised float32, in the memory order of `channels_last`."""
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        out = (images.to(torch.float32, memory_format=order) - self.mean) / self.std
+        if self.channels_last and out.shape[1] == 1:
             # One channel lies the same way in both orders and torch would take it for the other one.
             _, _, height, width = out.shape
             out = out.as_strided(out.shape, (height * width, 1, width, 1))

@@ -270,3 +270,15 @@ def test_images_are_normalised_in_place_of_the_reader() -> None:
         expected = (part.images.double() - part.mean.double()) / part.std.double()
         assert torch.allclose(part.normalised(part.images).double(), expected, atol=1e-6)
         assert part.normalised(part.images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_memory_order_of_a_batch_is_as_asked(channels: int) -> None:
+    one = torch.ones(1, 1, 1, 1)
+    images = torch.zeros(2, channels, 4, 5, dtype=torch.uint8)
+    for raw in (images, images.contiguous(memory_format=torch.channels_last)):
+        plain = DeviceData(raw, torch.zeros(2), one, one).normalised(raw)
+        assert plain.is_contiguous() and plain.view(2, -1).shape == (2, channels * 20)
+        turned = DeviceData(raw, torch.zeros(2), one, one, channels_last=True).normalised(raw)
+        assert turned.stride() == (channels * 20, 1, channels * 5, channels)
+        assert torch.equal(plain, turned)

@@ -1,0 +1,71 @@
+"""What a rank gets before its first round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from feddip_mpi import config, evaluate, federation
+from feddip_mpi.errors import FeddipError
+from feddip_mpi.federation import Federation
+
+
+class OneRank:
+    """The communicator of a job of one rank, as far as building needs it."""
+
+    rank, size, node_rank = 0, 1, 0
+
+    def check(self, error: FeddipError | None) -> None:
+        if error is not None:
+            raise error
+
+    def gather(self, row: np.ndarray) -> np.ndarray:
+        return row[None].copy()
+
+    def node_broadcast(self, value: Any) -> Any:
+        return value
+
+    def shared_arrays(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(arrays)
+
+
+def build(model: str, **values: Any) -> Federation:
+    settings = {
+        "clients": 4, "participants": 2, "local_epochs": 1, "batch_size": 8, "model": {"name": model},
+        "data": {"name": "synthetic", "synthetic": {"shape": [3, 12, 12], "train_samples": 60, "test_samples": 20}},
+    }  # fmt: skip
+    return federation.build(config.validate({**settings, **values}), OneRank(), torch.device("cpu"))
+
+
+class Viewing(nn.Module):
+    """As in torch's own tutorials: features are flattened with `view`."""
+
+    def __init__(self, in_channels: int, image_size: tuple[int, int], classes: int) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(in_channels, 4, 3, padding=1), nn.MaxPool2d(2)
+        self.fc = nn.Linear(image_size[0] * image_size[1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.conv(x)))
+        return self.fc(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("augment", ["none", "standard"])
+def test_a_model_of_ones_own_may_view_its_features(augment: str) -> None:
+    settings = config.validate({}).data.model_dump(mode="json") | {"augment": augment, "name": "synthetic"}
+    settings["synthetic"] = {"shape": [3, 12, 12], "train_samples": 60, "test_samples": 20}
+    built = build(f"{__name__}:Viewing", data=settings)
+    mask = torch.ones(built.layout.prunable, dtype=torch.bool)
+    result = built.trainer.train(built.initial, mask, built.partition.train[0], 0.1, 0.0, 0, 0)
+    assert bool(torch.isfinite(result.update).all()) and result.update.any()
+    assert len(evaluate.score(built.bound, built.initial, built.test_data, 8).losses) == 3
+
+
+def test_the_built_in_models_get_channels_last_images_on_the_cpu() -> None:
+    for model, expected in (("lenet5", True), (f"{__name__}:Viewing", False)):
+        built = build(model)
+        assert (built.train_data.channels_last, built.test_data.channels_last) == (expected, expected)
