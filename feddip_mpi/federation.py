@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from feddip_mpi import data, generators, methods, models
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
 from feddip_mpi.data import partition as partitions
-from feddip_mpi.errors import FeddipError
+from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.local import DeviceData, LocalTrainer
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
@@ -54,6 +55,7 @@ class Federation:
 def build(config: Config, comm: Communicator, device: torch.device) -> Federation:
     """Load, split and place the data, make the model. Raises the same error on all ranks if any rank fails."""
     dataset = load_dataset(config, comm)
+    identity = agree_on_identity(dataset, comm)
     error: FeddipError | None = None
     try:
         parts = partitions.make(
@@ -74,7 +76,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         comm=comm,
         device=device,
         dataset=dataset,
-        identity=identity_of(dataset),
+        identity=identity,
         partition=parts,
         train_data=train_data,
         test_data=test_data,
@@ -106,6 +108,38 @@ def load_dataset(config: Config, comm: Communicator) -> data.Dataset:
     metadata = comm.node_broadcast(loaded.metadata() if loaded else None)
     arrays = comm.shared_arrays(loaded.arrays() if loaded else None)
     return data.from_arrays(arrays, metadata)
+
+
+def agree_on_identity(dataset: data.Dataset, comm: Communicator) -> str:
+    """The fingerprint of the data. Raises InputError on all ranks if nodes have different data."""
+    # One rank of each node computes it, for all of the node map the same memory.
+    identity: str = comm.node_broadcast(identity_of(dataset) if comm.node_rank == 0 else None)
+    digests = comm.gather(np.array([float(zlib.crc32(identity.encode()))]))[:, 0]
+    error: FeddipError | None = None
+    if len(set(digests.tolist())) > 1:
+        error = InputError(_differing(comm.gather_json([identity, dataset.source])))
+    comm.check(error)
+    return identity
+
+
+def _differing(found: Sequence[Sequence[str]]) -> str:
+    """The message for ranks that found different data; `found`: identity and source of each rank."""
+    holders: dict[str, list[int]] = {}
+    for rank, (identity, _) in enumerate(found):
+        holders.setdefault(identity, []).append(rank)
+    lines = [
+        f"  rank{'s' * (len(ranks) > 1)} {_spans(ranks)}: {identity!r} ({found[ranks[0]][1]})"
+        for identity, ranks in holders.items()
+    ]
+    head, way_out = "data.path: the ranks found different data:", "give every node the same files"
+    return "\n".join([head, *lines, way_out])
+
+
+def _spans(ranks: Sequence[int]) -> str:
+    """Ascending numbers as text: 0-3, 6."""
+    starts = [rank for i, rank in enumerate(ranks) if i == 0 or rank != ranks[i - 1] + 1]
+    ends = [rank for i, rank in enumerate(ranks) if i + 1 == len(ranks) or rank + 1 != ranks[i + 1]]
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 def place(dataset: data.Dataset, device: torch.device, channels_last: bool) -> tuple[DeviceData, DeviceData]:

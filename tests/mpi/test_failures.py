@@ -118,6 +118,8 @@ def test_wrong_input_and_drift_are_told_once_and_change_nothing(config: Path, tm
         ({"argv": runs.train(config, tmp_path / "e", model__name="alexnet")}, 2, ["alexnet", "12x12"]),
         ({"argv": runs.train(config, tmp_path / "f", model__name="small_models:absent")}, 2, ["absent"]),
         ({"argv": runs.train(config, config / "g")}, 2, [str(config / "g")]),
+        ({"argv": runs.train(config, tmp_path / "h", data__name="small_models:one_pixel_each"), "ranks_per_node": 1}, 2,
+         ["rank 0: ", "rank 1: ", "800x1x12x12", "data.path"]),
         ({"argv": ["resume", str(tmp_path / "void")]}, 2, ["void", "no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "no checkpoint")]}, 2, ["no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "nothing")]}, 2, ["nothing", "no such run folder"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from feddip_mpi import config, evaluate, federation
-from feddip_mpi.errors import FeddipError
+from feddip_mpi import config, data, evaluate, federation
+from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.federation import Federation
 
 
@@ -39,6 +40,40 @@ def build(model: str, **values: Any) -> Federation:
         "data": {"name": "synthetic", "synthetic": {"shape": [3, 12, 12], "train_samples": 60, "test_samples": 20}},
     }  # fmt: skip
     return federation.build(config.validate({**settings, **values}), OneRank(), torch.device("cpu"))
+
+
+class Peer(OneRank):
+    """Rank 5 of 7, the second rank of its node; the other ranks have the data that `found` says."""
+
+    rank, size, node_rank = 5, 7, 1
+
+    def __init__(self, found: list[str]) -> None:
+        self.found = found
+
+    def node_broadcast(self, value: Any) -> Any:
+        assert value is None, "one rank of a node reads all bytes of the data, not each of them"
+        return self.found[self.rank]
+
+    def gather(self, row: np.ndarray) -> np.ndarray:
+        if row == float(zlib.crc32(self.found[self.rank].encode())):
+            return np.array([[float(zlib.crc32(text.encode()))] for text in self.found])
+        return np.repeat(row[None], self.size, axis=0)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        assert value[0] == self.found[self.rank]
+        return [[text, f"/data/{text}"] for text in self.found]
+
+
+def test_other_data_on_some_ranks_is_told_to_all() -> None:
+    dataset = data.load(config.validate({"data": {"name": "synthetic"}}).data, 1)
+    assert federation.agree_on_identity(dataset, Peer(["a"] * 7)) == "a"
+    with pytest.raises(InputError) as told:
+        federation.agree_on_identity(dataset, Peer(["a", "a", "b", "a", "a", "a", "c"]))
+    lines = str(told.value).splitlines()
+    assert lines[1:4] == [
+        "  ranks 0-1, 3-5: 'a' (/data/a)", "  rank 2: 'b' (/data/b)", "  rank 6: 'c' (/data/c)",
+    ]  # fmt: skip
+    assert "data.path" in lines[0] and "same files" in lines[4]
 
 
 class Viewing(nn.Module):

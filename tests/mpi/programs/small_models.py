@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from feddip_mpi import checkpoint, codec
+from feddip_mpi.config import DataConfig
+from feddip_mpi.data import Dataset, synthetic
 from feddip_mpi.errors import PeerError
 
 
@@ -99,8 +101,18 @@ def _fault() -> tuple[str, int]:
     """The kind of fault and the call that has it; ("", 0) on ranks without one."""
     kind, _, rest = os.environ.get("FEDDIP_TEST_FAULT", "::").partition(":")
     rank, _, call = rest.partition(":")
-    own = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
-    return (kind, int(call)) if kind and rank == own else ("", 0)
+    return (kind, int(call)) if kind and rank == _own_rank() else ("", 0)
+
+
+def _own_rank() -> str:
+    return os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
+
+
+def one_pixel_each(config: DataConfig, seed: int) -> Dataset:
+    """Synthetic data of which one pixel differs between the ranks that read it."""
+    dataset = synthetic.generate(config.synthetic, seed)
+    dataset.test_images[-1, -1, -1, -1] = int(_own_rank())
+    return dataset
 
 
 def _failing(function: Any, call: int, error: Exception) -> Any:

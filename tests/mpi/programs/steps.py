@@ -5,6 +5,7 @@
 STEPS.json is a list of {"argv": [...], ...}; optional keys of a step:
     "stop_after": r   the last rank gets SIGUSR1 in round r; the others must stop with it
     "drift": rank     that rank's weights change by one bit before replicas are compared
+    "ranks_per_node": n   so many ranks are taken for a node
 RESULTS_FOLDER/rank-N.json: for each step the exit code and what the rank wrote to stdout and stderr.
 """
 
@@ -23,7 +24,7 @@ from unittest import mock
 
 from mpi4py import MPI
 
-from feddip_mpi import cli, rounds
+from feddip_mpi import cli, collectives, rounds
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.server import Server
 
@@ -81,6 +82,9 @@ def main() -> None:
                 stack.enter_context(stopping_after(step["stop_after"]))
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
+            if "ranks_per_node" in step:
+                handle = Communicator(MPI.COMM_WORLD, ranks_per_node=step["ranks_per_node"])
+                stack.enter_context(mock.patch.object(collectives, "world", lambda handle=handle: handle))
             ended.append(execute(step["argv"]))
         # A rank that ended early must not begin the next step, where others could take its messages for theirs.
         MPI.COMM_WORLD.Barrier()
