@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from feddip_mpi import data, generators, methods, models
 from feddip_mpi.collectives import Communicator
@@ -62,6 +63,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
             config.data, config.clients, dataset.train_labels, dataset.test_labels, dataset.classes, config.seed
         )
         model, layout = build_model(config, dataset.train_images.shape[1:], dataset.classes)
+        _require_batches_of_two(config, model, parts)
     except FeddipError as caught:
         error = caught
     comm.check(error)
@@ -94,6 +96,24 @@ def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.n
         generators.seed_all(config.seed, "initial weights")
         model = models.create(config.model.name, channels, (height, width), classes)
     return model, Layout.of(model, models.prunable_names(model, config.model.keep_dense))
+
+
+def _require_batches_of_two(config: Config, model: torch.nn.Module, parts: partitions.Partition) -> None:
+    """Raises InputError where batch normalisation would meet a batch of one image."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    reason = f"{config.model.name} has batch normalisation ({norms[0]}), which has no statistics of one image"
+    if config.batch_size == 1:
+        raise InputError(f"batch_size: got 1, but {reason}; allowed: 2 or more")
+    single = next((client for client, part in enumerate(parts.train) if len(part) == 1), None)
+    if single is None:
+        return
+    if config.data.partition in ("dirichlet", "quantity"):
+        key, got, way_out = "data.min_samples", config.data.min_samples, "raise data.min_samples to 2"
+    else:
+        key, got, way_out = "clients", config.clients, "lower clients"
+    raise InputError(f"{key}: got {got}, which leaves client {single} a single image, but {reason}; {way_out}")
 
 
 def load_dataset(config: Config, comm: Communicator) -> data.Dataset:

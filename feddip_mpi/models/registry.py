@@ -13,6 +13,7 @@ from feddip_mpi.errors import InputError
 from feddip_mpi.models.alexnet import AlexNet
 from feddip_mpi.models.lenet import LeNet5
 from feddip_mpi.models.resnet import resnet18, resnet50
+from feddip_mpi.models.trial import try_out
 from feddip_mpi.models.vgg import VGG11
 
 Builder = Callable[[int, tuple[int, int], int], nn.Module]
@@ -48,7 +49,7 @@ def create(name: str, in_channels: int, image_size: tuple[int, int], classes: in
 
     Raises:
         InputError: unknown name, image too small, an import path that does not give a network, or a network that
-            the method cannot train (see `check`).
+            the method cannot train (see `check`, `trial.try_out`).
     """
     if ":" in name:
         model = _create_imported(name, in_channels, image_size, classes)
@@ -65,6 +66,8 @@ def create(name: str, in_channels: int, image_size: tuple[int, int], classes: in
     else:
         raise InputError(_unknown(name))
     check(model, name)
+    if name not in _BUILDERS:
+        try_out(model, name, in_channels, image_size, classes)
     return model
 
 
@@ -72,14 +75,19 @@ def check(model: nn.Module, name: str = "model") -> None:
     """Refuse what one flat float32 vector with one mask cannot represent; `name` is for the message.
 
     Raises:
-        InputError: no parameters, a lazy one, one that is not float32, or two that share memory.
+        InputError: no parameters, or a parameter that is not trained or shares memory with another; a parameter or
+            floating-point buffer that has no shape yet, is not float32 or not finite.
     """
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for key, tensor in [*parameters, *model.named_buffers()]:
+        _check_tensor(key, tensor, name)
     owners: dict[int, str] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise InputError(f"model.name: {name}: {key} has no shape yet; give lazy modules their sizes")
-        if parameter.dtype != torch.float32:
-            raise InputError(f"model.name: {name}: {key} is {parameter.dtype}; parameters must be torch.float32")
+    for key, parameter in parameters:
+        if not parameter.requires_grad:
+            raise InputError(
+                f"model.name: {name}: {key} has requires_grad=False; allowed: parameters that are trained; make a fixed "
+                "tensor a buffer (register_buffer), or set requires_grad=True"
+            )
         if parameter.numel() == 0:
             continue
         first = owners.setdefault(parameter.untyped_storage().data_ptr(), key)
@@ -90,6 +98,24 @@ def check(model: nn.Module, name: str = "model") -> None:
             )
     if not owners:
         raise InputError(f"model.name: {name} has no parameters to train")
+
+
+def _check_tensor(key: str, tensor: torch.Tensor, name: str) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise InputError(f"model.name: {name}: {key} has no shape yet; give lazy modules their sizes")
+    if isinstance(tensor, nn.Parameter):
+        what, other = "parameters", "call .float() on the model"
+    elif tensor.is_floating_point():
+        what, other = "floating-point buffers", "call .float() on it, or compute it in forward"
+    else:
+        return  # counters and the like are no part of the vector
+    if tensor.dtype != torch.float32:
+        raise InputError(f"model.name: {name}: {key} is {tensor.dtype}; {what} must be torch.float32: {other}")
+    if not torch.isfinite(tensor).all():
+        raise InputError(
+            f"model.name: {name}: {key} holds NaN or infinite values; {what} must be finite, because they are averaged "
+            "over the clients: initialise it, or compute it in forward"
+        )
 
 
 def prunable_names(model: nn.Module, keep_dense: Sequence[str] = ()) -> list[str]:

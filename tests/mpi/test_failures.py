@@ -120,6 +120,8 @@ def test_wrong_input_and_drift_are_told_once_and_change_nothing(config: Path, tm
         ({"argv": runs.train(config, config / "g")}, 2, [str(config / "g")]),
         ({"argv": runs.train(config, tmp_path / "h", data__name="small_models:one_pixel_each"), "ranks_per_node": 1}, 2,
          ["rank 0: ", "rank 1: ", "800x1x12x12", "data.path"]),
+        ({"argv": runs.train(config, tmp_path / "i", model__name="small_models:pair")}, 2,
+         ["small_models:pair", "a tuple", "[2, 10]"]),
         ({"argv": ["resume", str(tmp_path / "void")]}, 2, ["void", "no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "no checkpoint")]}, 2, ["no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "nothing")]}, 2, ["nothing", "no such run folder"]),

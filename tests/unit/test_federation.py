@@ -34,10 +34,15 @@ class OneRank:
         return dict(arrays)
 
 
+def split(**values: Any) -> dict[str, Any]:
+    shape = {"shape": [3, 12, 12], "train_samples": 60, "test_samples": 20}
+    return {"name": "synthetic", "synthetic": shape, **values}
+
+
 def build(model: str, **values: Any) -> Federation:
     settings = {
         "clients": 4, "participants": 2, "local_epochs": 1, "batch_size": 8, "model": {"name": model},
-        "data": {"name": "synthetic", "synthetic": {"shape": [3, 12, 12], "train_samples": 60, "test_samples": 20}},
+        "data": split(),
     }  # fmt: skip
     return federation.build(config.validate({**settings, **values}), OneRank(), torch.device("cpu"))
 
@@ -89,11 +94,20 @@ class Viewing(nn.Module):
         return self.fc(x.view(x.size(0), -1))
 
 
+class Normalised(Viewing):
+    """The same with batch normalisation."""
+
+    def __init__(self, in_channels: int, image_size: tuple[int, int], classes: int) -> None:
+        super().__init__(in_channels, image_size, classes)
+        self.norm = nn.BatchNorm2d(in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
 @pytest.mark.parametrize("augment", ["none", "standard"])
 def test_a_model_of_ones_own_may_view_its_features(augment: str) -> None:
-    settings = config.validate({}).data.model_dump(mode="json") | {"augment": augment, "name": "synthetic"}
-    settings["synthetic"] = {"shape": [3, 12, 12], "train_samples": 60, "test_samples": 20}
-    built = build(f"{__name__}:Viewing", data=settings)
+    built = build(f"{__name__}:Viewing", data=split(augment=augment))
     mask = torch.ones(built.layout.prunable, dtype=torch.bool)
     result = built.trainer.train(built.initial, mask, built.partition.train[0], 0.1, 0.0, 0, 0)
     assert bool(torch.isfinite(result.update).all()) and result.update.any()
@@ -104,3 +118,22 @@ def test_the_built_in_models_get_channels_last_images_on_the_cpu() -> None:
     for model, expected in (("lenet5", True), (f"{__name__}:Viewing", False)):
         built = build(model)
         assert (built.train_data.channels_last, built.test_data.channels_last) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 1}, "batch_size: got 1, .*norm.*allowed: 2 or more"),
+        ({"clients": 50}, "clients: got 50, which leaves client .*norm.*lower clients"),
+        ({"data": split(partition="dirichlet", alpha=0.05, min_samples=1), "clients": 20},
+         "data.min_samples: got 1, which leaves client .*norm.*raise data.min_samples to 2"),
+    ],
+)  # fmt: skip
+def test_batch_norm_needs_two_images(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(f"{__name__}:Normalised", **values)
+    assert build(f"{__name__}:Viewing", **values)
+
+
+def test_batch_norm_is_content_with_two_images() -> None:
+    assert min(build(f"{__name__}:Normalised", clients=30, batch_size=2).samples) == 2

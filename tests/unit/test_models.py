@@ -1,16 +1,20 @@
 """The networks: shapes, counts, gradients, batch norm, and what is refused."""
 
+import importlib
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from feddip_mpi import models
+from feddip_mpi import generators, models
 from feddip_mpi.errors import InputError
 
 SMALL = [name for name in models.NAMES if name != "resnet50"]
+FLAT = "def build(**k):\n    m = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
 TIED = "def build(**k):\n    m = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))\n"
 
 
@@ -198,11 +202,83 @@ def test_import_path_builds_your_own(user_module) -> None:
         ("def build(**k): return nn.LazyLinear(3)\n", "no shape yet"),
         ("def build(**k): return nn.Linear(2, 2).double()\n", "must be torch.float32"),
         ("def build(**k): return nn.ReLU()\n", "no parameters"),
+        (
+            FLAT + "    m[1].bias.requires_grad = False\n    return m\n",
+            "1.bias has requires_grad=False.*register_buffer",
+        ),
+        (
+            FLAT + "    m.register_buffer('scale', torch.ones(2).double())\n    return m\n",
+            "scale is torch.float64.*buffers",
+        ),
+        (
+            FLAT + "    m.register_buffer('scale', torch.ones(2) / 0)\n    return m\n",
+            "scale holds NaN or infinite.*buffers",
+        ),
+        (FLAT + "    m[1].bias.data[3] = float('nan')\n    return m\n", "1.bias holds NaN or infinite.*parameters"),
+        ("def build(**k): return nn.LazyBatchNorm2d(affine=False)\n", "running_mean has no shape yet"),
     ],
 )
 def test_import_path_that_fails_says_why(user_module, source: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         models.create(f"{user_module(source)}:build", 1, (28, 28), 10)
+
+
+def own(forward: str) -> str:
+    """Source of a module whose network computes `forward` of the images `x` and of logits `y` that are right."""
+    lines = [
+        "class Net(nn.Module):",
+        "    def __init__(self, in_channels, image_size, classes):",
+        "        super().__init__()",
+        "        self.norm, self.drop, self.calls = nn.BatchNorm2d(in_channels), nn.Dropout(), 0",
+        "        self.fc = nn.Linear(in_channels * image_size[0] * image_size[1], classes)",
+        "    def forward(self, x):",
+        "        self.calls += 1",
+        "        y = self.fc(self.drop(self.norm(x)).flatten(1)) + random.random() + numpy.random.random()",
+        f"        {forward}",
+    ]
+    return "import random, numpy\n" + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        ("return y, x", "returned a tuple"),
+        ("return {'out': y}", "returned a dict"),
+        ("return y[:, :7]", r"returned a tensor \[2, 7\]"),
+        ("return y[0]", r"returned a tensor \[10\]"),
+        ("return y.mean()", r"returned a tensor \[\]"),
+        ("return y / 0", "returned NaN or infinite"),
+        ("return self.fc(x)", "raised RuntimeError: mat1 and mat2"),
+        ("return self.gone(x)", "raised AttributeError: .*gone"),
+        ("raise KeyError('a\\nb')", "raised KeyError"),
+        ("return y.detach()", "raised RuntimeError: .*does not require grad"),
+        ("return torch.zeros(2, 10, dtype=int)", "raised NotImplementedError"),
+    ],
+)
+def test_a_model_that_cannot_take_a_step_is_refused(user_module, forward: str, message: str) -> None:
+    name = user_module(own(forward))
+    rule = r"allowed: .* float32 \[2, 3, 8, 9\] into one tensor of finite logits \[2, 10\]"
+    with pytest.raises(InputError, match=f"model.name: {name}:Net: .*{message}.*{rule}") as told:
+        models.create(f"{name}:Net", 3, (8, 9), 10)
+    assert "\n" not in str(told.value)
+
+
+def test_the_trial_of_a_model_leaves_no_trace(user_module) -> None:
+    name = user_module(own("return y"))
+
+    def draw() -> tuple:
+        return float(torch.rand(())), random.random(), float(np.random.random())  # noqa: NPY002
+
+    generators.seed_all(1, "a")
+    plain = importlib.import_module(name).Net(3, (8, 9), 10)
+    expected = draw()
+    generators.seed_all(1, "a")
+    model = models.create(f"{name}:Net", 3, (8, 9), 10)
+    assert draw() == expected
+    assert model.calls == 0 and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("path", ["no_such_package.models:build", ":build", "torch:", "..models:build"])

@@ -63,6 +63,17 @@ def dropping(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.
     return Dropping(in_channels * image_size[0] * image_size[1], classes)
 
 
+class Pair(Dropping):
+    """Returns more than the logits, as some networks do in training."""
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images), images
+
+
+def pair(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
+    return Pair(in_channels * image_size[0] * image_size[1], classes)
+
+
 class Fragile(nn.Module):
     """A linear classifier that does what FEDDIP_TEST_FAULT and FEDDIP_TEST_SLEEP say."""
 
