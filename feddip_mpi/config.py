@@ -106,6 +106,9 @@ class MaskConfig(_Section):
     )
 
 
+PUBLISHED_PENALTY = 5e-4  # where the published code's penalty begins after its first segment
+
+
 class PenaltyConfig(_Section):
     """Incremental regularisation: lambda_t times the norm of each pruned weight tensor."""
 
@@ -436,6 +439,14 @@ def _cross_field_problems(config: Config) -> Iterator[tuple[tuple[str, ...], str
             (
                 f"sparsity.initial: got {c.sparsity.initial}, above sparsity.final = {c.sparsity.final}; "
                 "sparsity only grows: lower initial or raise final"
+            ),
+        )
+    if c.penalty.schedule == "published" and c.penalty.maximum < PUBLISHED_PENALTY:
+        yield (
+            ("penalty.maximum", "penalty.schedule"),
+            (
+                f"penalty.maximum: got {c.penalty.maximum}, below the {PUBLISHED_PENALTY} at which "
+                "penalty.schedule=published begins; raise maximum or choose another schedule"
             ),
         )
     shape = c.data.synthetic.shape

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from feddip_mpi.config import Config, PenaltyConfig, SparsityConfig
+from feddip_mpi.config import PUBLISHED_PENALTY, Config, PenaltyConfig, SparsityConfig
 from feddip_mpi.streams import stream
 
 # Methods with a mask, a sparsity schedule and a penalty; the others keep and send every weight.
@@ -54,7 +54,8 @@ def penalty(schedule: PenaltyConfig, t: int, rounds: int) -> float:
         return maximum * t / max(1, rounds - 1)
     if schedule.schedule == "published":
         segment = min(19, t // max(1, rounds // 20))
-        return 0.0 if segment == 0 else 5e-4 + (maximum - 5e-4) * (segment - 1) / 19
+        rise = (maximum - PUBLISHED_PENALTY) * (segment - 1) / 19
+        return 0.0 if segment == 0 else PUBLISHED_PENALTY + rise
     return maximum if steps == 1 else maximum * (steps * t // rounds) / (steps - 1)
 
 

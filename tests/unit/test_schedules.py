@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feddip_mpi.config import Config, PenaltyConfig, SparsityConfig, validate
+from feddip_mpi.errors import InputError
 from feddip_mpi.schedules import RoundPlan, last_mask_update, learning_rate, participants, penalty, plan_round, sparsity
 
 
@@ -132,6 +133,20 @@ def test_published_penalty() -> None:
         [table[min(19, t // 5)] for t in range(107)]
     )
     assert [penalty(schedule, t, 7) for t in range(7)] == pytest.approx(table[:7])
+
+
+@pytest.mark.parametrize("maximum", [0, 1e-4, 4.999e-4])
+def test_published_penalty_above_its_maximum_is_refused(maximum: float) -> None:
+    with pytest.raises(InputError, match=f"penalty.maximum: got {float(maximum)}, below the 0.0005 .*=published"):
+        config(penalty={"maximum": maximum, "schedule": "published"})
+    assert config(penalty={"maximum": maximum, "schedule": "linear"})
+
+
+@given(st.floats(5e-4, 1e3), st.integers(1, 200))
+def test_published_penalty_stays_below_its_maximum(maximum: float, rounds: int) -> None:
+    schedule = config(penalty={"maximum": maximum, "schedule": "published"}).penalty
+    values = [penalty(schedule, t, rounds) for t in range(rounds)]
+    assert values[0] == 0 and all(0 <= x <= y <= maximum for x, y in pairwise(values))
 
 
 def test_other_penalties() -> None:
