@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from feddip_mpi.errors import InputError
 ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 MAX_CLASSES = 65536  # a label beyond it is a mistake, and the model's last layer would be built for it
 _BLOCK_PIXELS = 1 << 22
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def check(dataset: object, source: str) -> Dataset:
-    """The data set itself if it keeps every promise of `Dataset`.
+    """The data set itself if it keeps every promise of `Dataset`; classes without a training image are logged.
 
     Args:
         dataset: what a reader or a user's function returned.
@@ -118,6 +120,7 @@ def check(dataset: object, source: str) -> Dataset:
         check_labels(getattr(dataset, f"{kind}_labels"), dataset.classes, f"{source}: {kind}_labels")
     check_sizes(dataset.arrays(), source)
     _check_numbers(dataset, source)
+    _warn_of_empty_classes(dataset, source)
     return dataset
 
 
@@ -162,6 +165,16 @@ def check_sizes(arrays: Mapping[str, np.ndarray], source: str) -> None:
     train, test = (list(arrays[f"{kind}_images"].shape[1:]) for kind in ("train", "test"))
     if train != test:
         raise InputError(f"{source}: expected images of one shape, found {train} for training and {test} for testing")
+
+
+def _warn_of_empty_classes(dataset: Dataset, source: str) -> None:
+    empty = np.flatnonzero(np.bincount(dataset.train_labels, minlength=dataset.classes) == 0).tolist()
+    if empty:
+        shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        _log.warning(
+            "%s: %d of %d classes have no training image: %s; the model has outputs for them that nothing trains",
+            source, len(empty), dataset.classes, shown,
+        )  # fmt: skip
 
 
 def _check_numbers(dataset: Dataset, source: str) -> None:

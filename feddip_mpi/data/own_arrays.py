@@ -73,10 +73,21 @@ def _build(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> Dataset:
         key = f"{kind}_labels"
         arrays[key] = _to_labels(arrays[key], f"{path}: {key}")
     check_sizes(arrays, str(path))
-    classes = 1 + max(int(arrays["train_labels"].max()), int(arrays["test_labels"].max()))
+    classes = 1 + int(arrays["train_labels"].max())
+    _refuse_new_labels(arrays["test_labels"], classes, path)
     mean, std = channel_statistics(arrays["train_images"])
     dataset = Dataset(**arrays, classes=classes, class_names=(), mean=mean, std=std, name=name, source=str(path))
     return check(dataset, str(path))
+
+
+def _refuse_new_labels(test_labels: np.ndarray, classes: int, path: Path) -> None:
+    """A test label above all training labels would make classes that nothing is ever learnt of."""
+    bad = np.flatnonzero(test_labels >= classes)
+    if len(bad):
+        raise InputError(
+            f"{path}: test_labels: found {test_labels[bad[0]]} at position {bad[0]}, above the largest of train_labels; "
+            f"allowed: 0 to {classes - 1}; remove these images or add training images of their classes"
+        )
 
 
 def _to_labels(labels: np.ndarray, what: str) -> np.ndarray:

@@ -144,6 +144,15 @@ def test_npz_layouts(tmp_path, layout, shape):
         np.testing.assert_array_equal(dataset.train_images, np.moveaxis(images, -1, 1))
 
 
+def test_classes_without_a_training_image_are_told(tmp_path, caplog):
+    caplog.set_level("WARNING", "feddip_mpi")
+    assert load("npz", npz(tmp_path / "full.npz")).classes == 4 and not caplog.records
+    few = np.array([0, 1, 5] * 4)
+    assert load("npz", npz(tmp_path / "mine.npz", train_labels=few)).classes == 6
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path / 'mine.npz'}: 3 of 6 classes have no training image: 2, 3, 4;")
+
+
 def test_hdf5_goes_through_the_one_module_that_opens_it(tmp_path, monkeypatch):
     asked = []
 
@@ -288,6 +297,10 @@ BROKEN_ARRAYS = {
     "no test labels": ({"test_labels": labels(0, 1)}, "expected integers [N]"),
     "negative label": ({"train_labels": -np.ones(12, int)}, "found -1 at position 0"),
     "label 2**63": ({"train_labels": np.full(12, 2**63, np.uint64)}, "found 9223372036854775808"),
+    "new test label": (
+        {"test_labels": np.array([0, 1, 2, 3, 0, 255, 7, 3])},
+        "test_labels: found 255 at position 5, above the largest of train_labels; allowed: 0 to 3",
+    ),
     "one class": ({"train_labels": np.zeros(12, int), "test_labels": np.zeros(8, int)}, "2 to 65536 classes, found 1"),
     "fewer labels": ({"test_labels": labels(7, 4)}, "8 test images and 7 labels"),
     "two shapes": ({"test_images": pixels(8, 6, 6, 3)}, "images of one shape, found [3, 5, 6] for training"),
