@@ -397,7 +397,27 @@ def _describe(key: str, item: Any) -> str:
         )
         return f"{key}: unknown key; {hint}"
     message = item["msg"][:1].lower() + item["msg"][1:]
+    if item["type"] == "model_type":  # pydantic would name a class of ours
+        message = f"input should be a section with some of the keys {', '.join(_section(item['loc']).model_fields)}"
+    elif item["type"] == "int_parsing" and (whole := _whole_number(item["input"])) is not None:
+        message += f"; write {whole}"
     return f"{key}: got {_shorten(item['input'])}; {message}"
+
+
+def _section(location: Sequence[str | int]) -> type[BaseModel]:
+    section: Any = Config
+    for name in location:
+        section = section.model_fields[name].annotation
+    return section
+
+
+def _whole_number(text: str) -> int | None:
+    """1000 for "1e3", which YAML 1.1 reads as a text; None for what is no whole number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() and abs(number) < 2**53 else None
 
 
 def _shorten(value: Any) -> str:

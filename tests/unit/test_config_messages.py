@@ -1,0 +1,29 @@
+"""Messages about wrong values speak of keys and of what to write, not of the program."""
+
+import pytest
+
+from feddip_mpi import config
+from feddip_mpi.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds=1e3", "rounds: got '1e3'; .*; write 1000$"),
+        ("rounds=2.5e1", "write 25$"),
+        ("control.upload_bytes=1e6", "control.upload_bytes: got '1e6'; .*; write 1000000$"),
+        ("data.synthetic=5", "data.synthetic: got 5; .* section .*shape, classes, train_samples, test_samples$"),
+        ("mask=erk", "mask: got 'erk'; .* section .*every, initial, freeze_after$"),
+    ],
+)
+def test_the_message_says_what_to_write(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as told:
+        config.parse("", [override])
+    assert "Config" not in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["many", "1e-3", "2.5", "1e400", "1e99", "nan", "''"])
+def test_what_is_no_whole_number_gets_no_proposal(text: str) -> None:
+    with pytest.raises(InputError, match="rounds: got") as told:
+        config.parse("", [f"rounds={text}"])
+    assert "; write" not in str(told.value)
