@@ -152,7 +152,7 @@ def plan(config: str, overrides: tuple[str, ...], plot: str | None, every: int |
     else:
         planning.show(settings, layout, rows, every)
     if plot:
-        plots.plan_figure(rows, plot)
+        plots.plan_figure(rows, planning.title(settings), plot)
         terminal.note(f"drawn: {plot}")
 
 

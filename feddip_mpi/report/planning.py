@@ -70,6 +70,12 @@ def first_kept(config: Config, layout: Layout) -> int:
     return masks.kept_count(layout.prunable, config.sparsity.initial)
 
 
+def title(config: Config) -> str:
+    """One line over a picture of the plan."""
+    what = f"{config.method}: {config.model.name} on {config.data.name}"
+    return f"Plan of {what}, {config.participants} of {config.clients} clients a round"
+
+
 def show(config: Config, layout: Layout, plan: Sequence[Row], every: int | None = None) -> None:
     """The plan as a table that fits a screen, and its totals.
 

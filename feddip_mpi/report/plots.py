@@ -58,8 +58,9 @@ def run_figure(records: Sequence[Row], title: str, path: PathLike) -> None:
 
     Args:
         records: one mapping a finished round (the lines of metrics.jsonl). Read are `round` (from 1), `test_accuracy`
-            and `sparsity`, `sparsity_asked` (all in [0, 1]), `penalty`, `learning_rate`, `wire_bytes` (sent by all
-            ranks in this round) and `dense_bytes`; a value that is absent or None leaves a point out.
+            and `sparsity`, `sparsity_asked` (all in [0, 1]), `penalty`, `learning_rate`, `wire_bytes` (handed to MPI by
+            all ranks in this round, by a single rank too) and `dense_bytes`; a value that is absent or None leaves a
+            point out.
         title: stands above the four panels.
         path: where to write it.
 
@@ -70,19 +71,20 @@ def run_figure(records: Sequence[Row], title: str, path: PathLike) -> None:
         _save(draw_run(records, title), path)
 
 
-def plan_figure(rows: Sequence[Row], path: PathLike) -> None:
+def plan_figure(rows: Sequence[Row], title: str, path: PathLike) -> None:
     """Draw a plan: sparsity with its mask updates, penalty, learning rate and expected bytes by round.
 
     Args:
         rows: one mapping a round: `round` (from 1), `sparsity` in [0, 1], `penalty`, `learning_rate`, `mask_update`
             (bool), `upload_bytes` and `dense_bytes` (of all participants in this round).
+        title: stands above the four panels.
         path: where to write it.
 
     Raises:
         InputError: matplotlib is missing, or the file cannot be written.
     """
     with _style():
-        _save(draw_plan(rows), path)
+        _save(draw_plan(rows, title), path)
 
 
 def partition_figure(histogram: np.ndarray, class_names: Sequence[str] | None, path: PathLike) -> None:
@@ -106,16 +108,16 @@ def draw_run(records: Sequence[Row], title: str) -> Figure:
     _draw_accuracy(panels[0], records)
     _draw_sparsity(panels[1], records)
     _draw_penalty_and_rate(panels[2], records)
-    _draw_bytes(panels[3], records, "wire_bytes", "Bytes sent, all ranks")
+    _draw_bytes(panels[3], records, "wire_bytes", "Bytes handed to MPI, all ranks")
     return figure
 
 
-def draw_plan(rows: Sequence[Row]) -> Figure:
+def draw_plan(rows: Sequence[Row], title: str) -> Figure:
     """The figure that `plan_figure` writes."""
-    figure, panels = _four_panels("Plan", rows)
+    figure, panels = _four_panels(title, rows)
     updates = [row for row in rows if row.get("mask_update")]
     panels[0].set(title="Sparsity", ylabel="share of zeros", ylim=(0, 1.02))
-    _line(panels[0], rows, "sparsity", BLUE, "sparsity")
+    _line(panels[0], rows, "sparsity", BLUE, "sparsity", drawstyle="steps-post")
     _line(panels[0], updates, "sparsity", VERMILION, f"mask updates ({len(updates)})", linestyle="none", marker="o")
     _legend(panels[0], loc="lower right")
     panels[1].set(title="Penalty", ylabel="λ")
@@ -159,7 +161,7 @@ def _draw_accuracy(panel: Axes, records: Sequence[Row]) -> None:
 def _draw_sparsity(panel: Axes, records: Sequence[Row]) -> None:
     panel.set(title="Sparsity", ylabel="share of zeros", ylim=(0, 1.02))
     _line(panel, records, "sparsity_asked", VERMILION, "asked", linewidth=4.0, alpha=0.45, marker="")
-    _, values = _line(panel, records, "sparsity", BLUE, "real")
+    _, values = _line(panel, records, "sparsity", BLUE, "real", drawstyle="steps-post")
     if len(values):
         _note(panel, f"last {values[-1]:.4f}")
     _legend(panel, loc="lower right")
@@ -191,7 +193,7 @@ def _draw_bytes(panel: Axes, rows: Sequence[Row], key: str, title: str) -> None:
     ]
     for x, y, style in curves:
         if y.any():
-            # One rank sends nothing, and nothing has no logarithm.
+            # A round without bytes has no logarithm.
             panel.plot(x, np.where(y > 0, y, np.nan), marker=_marker(len(x)), **style)
     positive = np.concatenate([sent[sent > 0], dense[dense > 0], [sent.sum()], [dense.sum()]])
     if positive.any():
@@ -199,7 +201,7 @@ def _draw_bytes(panel: Axes, rows: Sequence[Row], key: str, title: str) -> None:
     if not len(rounds) and not len(dense_rounds):
         _no_data(panel)
     elif not sent.any():
-        _note(panel, "nothing was sent")
+        _note(panel, "no bytes")
     elif dense.any():
         _note(panel, f"dense: {dense.sum() / sent.sum():.3g} times as much")
     _legend(panel, loc="lower center", ncols=3)
@@ -248,15 +250,15 @@ def _draw_heat(panel: Axes, bar: Axes, counts: np.ndarray, names: Sequence[str])
         _no_data(panel)
         return
     # White is exactly 0: which classes a client lacks is what the picture is for. The square root keeps small
-    # counts visible beside large ones.
+    # counts visible beside large ones. The scale begins at 1, so that its bar shows no colour for 0.
     colours = LinearSegmentedColormap.from_list("counts", ("#C6DBEF", "#6BAED6", BLUE, "#08306B")).with_extremes(
         bad="white"
     )
-    norm = PowerNorm(0.5, vmin=0, vmax=max(1, counts.max()))
+    norm = PowerNorm(0.5, vmin=1, vmax=max(2, counts.max()))
     image = panel.imshow(
         np.ma.masked_equal(counts.T, 0), aspect="auto", cmap=colours, norm=norm, interpolation="nearest"
     )
-    panel.figure.colorbar(image, cax=bar, label="images").outline.set_edgecolor(GREY)
+    panel.figure.colorbar(image, cax=bar, label="images (white: none)").outline.set_edgecolor(GREY)
 
 
 def _four_panels(title: str, rows: Sequence[Row]) -> tuple[Figure, list[Axes]]:

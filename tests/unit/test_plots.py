@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from feddip_mpi import config
 from feddip_mpi.errors import InputError
-from feddip_mpi.report import plots
+from feddip_mpi.report import planning, plots
 
 MAGIC = {"png": b"\x89PNG\r\n\x1a\n", "pdf": b"%PDF-", "svg": b"<?xml"}
 
@@ -43,7 +44,7 @@ def curves(panel) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("form", plots.FORMATS)
 def test_every_figure_is_a_valid_file_and_nothing_else_is_left(form: str, tmp_path: Path) -> None:
     plots.run_figure(records(12, 3), "a run", tmp_path / f"run.{form}")
-    plots.plan_figure(plan(12), tmp_path / f"plan.{form}")
+    plots.plan_figure(plan(12), "a plan", tmp_path / f"plan.{form}")
     plots.partition_figure(np.arange(30).reshape(10, 3), ["a", "b", "c"], tmp_path / f"partition.{form}")
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == [f"partition.{form}", f"plan.{form}", f"run.{form}"]
@@ -83,12 +84,43 @@ def test_run_panels_hold_the_records() -> None:
 
 def test_plan_panels_hold_the_rows() -> None:
     rows = plan(11)
-    sparsity, penalty, rate, upload = plots.draw_plan(rows).axes
+    figure = plots.draw_plan(rows, "a plan")
+    sparsity, penalty, rate, upload = figure.axes
+    assert figure.get_suptitle() == "a plan"
     np.testing.assert_allclose(curves(sparsity)["sparsity"], [row["sparsity"] for row in rows])
     np.testing.assert_allclose(sparsity.lines[1].get_xdata(), [5, 10])
     np.testing.assert_allclose(penalty.lines[0].get_ydata(), 0)
     np.testing.assert_allclose(rate.lines[0].get_ydata(), 0.1)
     np.testing.assert_allclose(curves(upload)["total"], 10 * np.arange(1, 12))
+
+
+def test_what_stays_between_mask_updates_is_drawn_as_steps() -> None:
+    figures = plots.draw_plan(plan(11), ""), plots.draw_run(records(11), "")
+    for panel in (figures[0].axes[0], figures[0].axes[1], figures[1].axes[1], figures[1].axes[2]):
+        styles = {line.get_label(): line.get_drawstyle() for line in panel.lines if line.get_label() != "asked"}
+        assert "steps-post" in styles.values() and next(iter(styles.values())) == "steps-post"
+
+
+def test_the_title_of_a_plan_names_method_model_and_data() -> None:
+    settings = config.parse("", ["method=fedprox", "model.name=vgg11", "data.name=cifar10", "clients=70"])
+    assert planning.title(settings) == "Plan of fedprox: vgg11 on cifar10, 5 of 70 clients a round"
+
+
+def test_one_rank_too_hands_bytes_to_mpi() -> None:
+    sent = plots.draw_run(records(3), "").axes[3]
+    assert sent.get_title() == "Bytes handed to MPI, all ranks"
+
+
+@pytest.mark.parametrize("counts", [np.array([[3, 0], [1, 5]]), np.zeros((3, 2), np.int64), np.eye(3, dtype=np.int64)])
+def test_the_colour_bar_shows_no_colour_for_none(counts: np.ndarray) -> None:
+    figure = plots.draw_partition(counts, None)
+    heat, _, bar = figure.axes
+    figure.canvas.draw()
+    image = heat.images[0]
+    assert bar.get_ylim()[0] == image.norm.vmin == 1
+    assert bar.get_ylabel() == "images (white: none)"
+    colours = image.to_rgba(image.get_array())
+    assert ((colours[..., :3] == 1).all(axis=-1) == (counts.T == 0)).all()
 
 
 def test_partition_panels_hold_the_counts() -> None:
@@ -121,7 +153,7 @@ def test_partition_of_any_size_has_room_for_its_labels(clients: int, classes: in
 )
 def test_hardly_any_data_draws(rows: list[dict], tmp_path: Path) -> None:
     plots.run_figure(rows, "", tmp_path / "run.png")
-    plots.plan_figure(rows, tmp_path / "plan.png")
+    plots.plan_figure(rows, "", tmp_path / "plan.png")
     assert (tmp_path / "plan.png").exists()
 
 
