@@ -102,6 +102,7 @@ class Exchange:
 
     Attributes:
         transfer_seconds: how long messages were under way; with `overlap` most of it behind other work.
+        received: bytes of the frames of other ranks that were read here, by kind.
     """
 
     def __init__(self, comm: Communicator, task: Task, owed: Tensor | None = None, phase: Phase = untimed) -> None:
@@ -125,6 +126,7 @@ class Exchange:
         self._bounds = slices(task.carried, task.size, comm.size if task.mode == "sharded" else 1, task.upload.values)
         self._local = Sum(task.carried, task.size, 0, task.size) if task.mode == "dense" else None
         self.transfer_seconds = 0.0
+        self.received = Bytes()
         self._waiting: list[list[np.ndarray]] = []
         self._sent: list[Future[list[np.ndarray]]] = []
 
@@ -177,6 +179,8 @@ class Exchange:
                         f"{piece.lo} to {piece.hi}) in place of client {client}'s (kind {kind}, {lo} to {hi})"
                     )
                 self._add(total, piece)
+                if task.placed[client] != self._comm.rank:
+                    self.received += piece.bytes
         return total
 
     def drain(self) -> None:
@@ -254,8 +258,10 @@ class Exchange:
             gathered = comm.allgatherv(frames, [len(frames)] * comm.size)
         with self._phase("decode"):
             pieces = [codec.read(frame, task.support, task.size, task.round) for frame in gathered]
-        mine = [piece.bytes for piece in pieces[comm.rank * len(frames) : (comm.rank + 1) * len(frames)]]
-        return Outcome(self._assembled(pieces, len(frames)), sum(mine, Bytes()), owed)
+        mine = slice(comm.rank * len(frames), (comm.rank + 1) * len(frames))
+        own_bytes = sum((piece.bytes for piece in pieces[mine]), Bytes())
+        self.received += sum((piece.bytes for piece in pieces[: mine.start] + pieces[mine.stop :]), Bytes())
+        return Outcome(self._assembled(pieces, len(frames)), own_bytes, owed)
 
     def _assembled(self, pieces: Sequence[Piece], kinds: int) -> Aggregate:
         """The whole sum from all owners' frames, in the order of their slices."""
