@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ EXIT_CODES = """\b
 Exit codes: 0 done; 2 wrong input, nothing started; 3 a damaged file;
 4 training diverged; 5 ranks disagree; 75 stopped by a signal after
 saving (resume goes on); others are failures."""
+
+_PATIENCE_SECONDS = 2.0
 
 _SETTINGS = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set sparsity.final=0.95."
@@ -196,7 +199,7 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
     from feddip_mpi import collectives, runtime
 
     runtime.prepare_mpi()
-    comm = collectives.world()
+    comm = collectives.world(runtime.ranks_per_node())
     try:
         work(comm)
     except FeddipError as error:
@@ -235,9 +238,23 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
+        _let_first_rank_speak()
         error.show()
         sys.exit(InputError.exit_code)
     except FeddipError as error:
+        _let_first_rank_speak()
         _complain(error)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def _let_first_rank_speak() -> None:
+    """An error before MPI starts: all ranks have it, and mpirun ends them all as soon as one has ended with a code.
+
+    Rank 0 says it; the others wait to be ended. Who still runs afterwards (the launcher does not end others, or this
+    rank alone has the error) says it too.
+    """
+    from feddip_mpi import runtime
+
+    if runtime.launched_rank() > 0:
+        time.sleep(_PATIENCE_SECONDS)
