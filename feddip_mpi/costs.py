@@ -134,11 +134,20 @@ def predict(mode: str, network: Network, load: Load, compute: Compute) -> dict[s
     return {"encode": encode, "transfer": seconds(network, load)[mode], "decode": decode, "apply": compute.apply}
 
 
+def grown(load: Load, network: Network, ranks: int) -> Load:
+    """The load of `network`'s ranks on another number of ranks, with as many clients each."""
+    return replace(load, participants=_clients(network, load) * ranks)
+
+
+def powers() -> list[int]:
+    """2, 4, ... MOST_RANKS: what tables show."""
+    return [2**k for k in range(1, MOST_RANKS.bit_length())]
+
+
 def crossover_ranks(network: Network, load: Load, compute: Compute) -> int | None:
     """The fewest ranks, with as many clients a rank as now, at which `sharded` wins over `allgatherv`; None: never."""
-    own = _clients(network, load)
     for ranks in range(2, MOST_RANKS + 1):
-        if _sharded_wins(network.grown(ranks), replace(load, participants=own * ranks), compute):
+        if _sharded_wins(network.grown(ranks), grown(load, network, ranks), compute):
             return ranks
     return None
 
