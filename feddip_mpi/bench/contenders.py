@@ -304,8 +304,8 @@ class ValuesAndIndices:
     def _add(self, client: int, payload: np.ndarray) -> None:
         """Straight to the dense vector: nothing is shared that would have to be added up first."""
         half, share = payload.size // 2, self._desk.inputs.shares[client]
-        taken, where = torch.from_numpy(payload[:half]), torch.from_numpy(payload[half:])
-        self._desk.vector.index_add_(0, where.view(torch.int32), taken.view(torch.float32) * share)
+        taken, where = payload[:half].view(np.float32), payload[half:].view(np.int32)
+        self._desk.vector.index_add_(0, torch.from_numpy(where), torch.from_numpy(taken) * share)
 
     def _bytes(self, payloads: int) -> Bytes:
         inputs, kept = self._desk.inputs, self._kept.numel()
