@@ -326,7 +326,7 @@ def make(desk: Desk, modes: list[str]) -> list[Contender]:
     """All lines of the table, in their order; the order in which they are measured too."""
     options, found = desk.options, list[Contender]()
     if DENSE in modes:
-        found.append(DenseAllreduce(desk, blocking=False))
+        found.append(DenseAllreduce(desk, blocking=True))
     for sparsity in dict.fromkeys(options.sparsity):
         support = desk.support_of[sparsity]
         if PAIRS in modes:
