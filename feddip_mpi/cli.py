@@ -216,7 +216,7 @@ def bench() -> None:
 @click.option("--entropy", is_flag=True, help="Compress the values with zstandard.")
 @click.option("--no-overlap", is_flag=True, help="Send only when everything is encoded.")
 @click.option("--repeats", type=int, default=5, metavar="N", help="After one to warm up.  [default: 5]")
-@click.option("--seconds", type=float, default=20.0, metavar="BUDGET", help="Stop measuring after it.  [default: 20]")
+@click.option("--seconds", type=float, default=12.0, metavar="BUDGET", help="Stop measuring after it.  [default: 12]")
 @click.option("--out", metavar="DIR", help="New or empty.  [default: runs/bench-exchange-DATE]")
 @_JSON
 def bench_exchange(

@@ -17,7 +17,7 @@ from feddip_mpi.bench import contenders, inputs
 from feddip_mpi.bench.contenders import ByExchange, Contender, DenseAllreduce, Desk, Result
 from feddip_mpi.bench.options import DENSE, Options
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.costs import Compute, Network, Sample
+from feddip_mpi.costs import Compute, Load, Network, Sample
 from feddip_mpi.errors import FeddipError, InputError, PeerError
 from feddip_mpi.report import benching, terminal
 
@@ -30,7 +30,7 @@ PHASES = {
     "server": "apply",
 }  # fmt: skip
 KINDS = ("values", "indices", "other", "frame")
-_PROBE_BYTES = (8, 2**12, 2**16, 2**20)
+_PROBE_BYTES = (8, 2**14, 2**18, 2**22)  # the longest is left out where the whole vector is shorter
 _DENSE_PROBE_FLOATS = 10**6
 _ROUNDING = 1e-5  # relative: float32 sums in another order
 
@@ -105,7 +105,7 @@ class Bench:
     def __init__(self, desk: Desk, found: Sequence[Contender], overlap: bool) -> None:
         self._desk, self._comm, self._overlap = desk, desk.comm, overlap
         self.lines = [Line(contender) for contender in found]
-        self.samples: dict[tuple[str, int], list[float]] = {}
+        self.samples: dict[tuple[bool, str, int], list[float]] = {}
         self._references: dict[Any, Result] = {}
         self.unchecked: list[str] = []
 
@@ -123,7 +123,9 @@ class Bench:
         for _ in range(self._desk.options.repeats + 1):
             for line in self.lines:
                 yield lambda line=line: self._play(line)  # type: ignore[misc]
-            yield self._probe
+            for size in _PROBE_BYTES:
+                if self._comm.size > 1 and size <= max(4 * self._desk.inputs.size, _PROBE_BYTES[-2]):
+                    yield lambda size=size: self._probe(size)  # type: ignore[misc]
             for line in self._calibrated().values():
                 yield lambda line=line: self._calibrate(line)  # type: ignore[misc]
 
@@ -204,19 +206,20 @@ class Bench:
             wanted = contenders.digest(contenders.handed_on_as(reference.aggregate, str(contender.download)))
         return "" if result.digest == wanted else "its bits differ from those of the other modes"
 
-    def _probe(self) -> None:
-        """Short and long transfers, as an exchange makes them."""
-        comm = self._comm
-        if comm.size == 1:
-            return
-        for size in _PROBE_BYTES:
-            data = np.zeros(size, np.uint8)
-            for name, work in (
-                ("allgatherv", lambda data=data: comm.allgatherv([data], [1] * comm.size)),
-                ("alltoallv", lambda data=data: comm.alltoallv([[data] * comm.size], [1] * comm.size)),
-            ):
-                took = self._timed(lambda work=work: comm.post(work).result() if self._overlap else work())  # type: ignore[misc]
-                self.samples.setdefault((name, size), []).append(took)
+    def _probe(self, size: int) -> None:
+        """Transfers of `size` bytes, as an exchange makes them: blocking, and in the background if that is open.
+
+        The two are different algorithms of the library and different ways to wait: each is a network of its own.
+        """
+        comm, data = self._comm, np.zeros(size, np.uint8)
+        works: dict[str, Callable[[], object]] = {
+            "allgatherv": lambda: comm.allgatherv([data], [1] * comm.size),
+            "alltoallv": lambda: comm.alltoallv([[data] * comm.size], [1] * comm.size),
+        }
+        for name, work in works.items():
+            for behind in (False, True) if self._overlap else (False,):
+                took = self._timed(lambda b=behind, w=work: comm.post(w).result() if b else w())  # type: ignore[misc]
+                self.samples.setdefault((behind, name, size), []).append(took)
 
     def _calibrate(self, line: Line) -> None:
         """All ranks compute at the same time, as in an exchange: they share caches, memory and maybe cores."""
@@ -230,40 +233,46 @@ class Bench:
 
     def result(self, shape: Network) -> Json:
         """Everything measured and predicted, as JSON values. `shape`: its ranks and nodes count."""
-        network, fitted = self._network(shape)
+        networks, fitted = self._networks(shape)
         computes = {key: _compute(line) for key, line in self._calibrated().items() if line.computes}
-        cases = [self._case(line, network, computes) for line in self.lines if line.repeats]
+        cases = [self._case(line, networks, computes) for line in self.lines if line.repeats]
         dense = next((case for case in cases if case["mode"] == DENSE), None)
         for case in cases:
             case |= benching.against(case, dense)
         return {
             "cases": cases,
-            "network": fitted,
+            "networks": fitted,
             "compute": [
                 {"case": self._calibrated()[key].name, **vars(compute)} for key, compute in computes.items()
             ],
-            "predicted": [] if network is None else self._predictions(network, computes),
+            "predicted": self._predictions(networks, computes) if networks else [],
             "left_out": self._left_out(),
             "unchecked": self.unchecked,
         }  # fmt: skip
 
-    def _network(self, shape: Network) -> tuple[Network | None, Json | None]:
-        if not self.samples:
-            return None, None
+    def _networks(self, shape: Network) -> tuple[dict[bool, Network], list[Json]]:
+        """What the probes tell, by whether they ran in the background; and the same for the record."""
         make = {"allgatherv": costs.gathered, "alltoallv": costs.exchanged}
         taken = {key: times[1:] or times for key, times in self.samples.items()}
-        samples: list[Sample] = [make[name](shape.ranks, size, median(times)) for (name, size), times in taken.items()]
-        a, b, error = costs.fit(samples)
-        probes = [{"collective": name, "bytes": size, "seconds": times} for (name, size), times in taken.items()]
-        fitted = {"latency_seconds": a, "bandwidth_bytes": b, "relative_error": error, "probes": probes}
-        return Network(a, b, shape.ranks, shape.nodes), fitted
+        networks, fitted = {}, []
+        for behind in sorted({key[0] for key in taken}):
+            own = {(name, size): times for (kind, name, size), times in taken.items() if kind == behind}
+            samples: list[Sample] = [make[name](shape.ranks, size, median(times)) for (name, size), times in own.items()]
+            a, b, error = costs.fit(samples)
+            networks[behind] = Network(a, b, shape.ranks, shape.nodes)
+            probes = [{"collective": name, "bytes": size, "seconds": times} for (name, size), times in own.items()]
+            fitted.append({
+                "background": behind, "latency_seconds": a, "bandwidth_bytes": b, "relative_error": error,
+                "probes": probes,
+            })  # fmt: skip
+        return networks, fitted
 
-    def _case(self, line: Line, network: Network | None, computes: dict[Any, Compute]) -> Json:
+    def _case(self, line: Line, networks: dict[bool, Network], computes: dict[Any, Compute]) -> Json:
         contender, counted = line.contender, line.counted
         compute = computes.get(line.group if isinstance(contender, ByExchange) else line.name)
         predicted = None
-        if network is not None and compute is not None:
-            predicted = costs.predict(contender.base, network, contender.load(), compute)
+        if networks and compute is not None:
+            predicted = costs.predict(contender.base, self._meets(line, networks), contender.load(), compute)
         times = [repeat["seconds"] for repeat in counted]
         return {
             "mode": contender.mode,
@@ -280,7 +289,11 @@ class Bench:
             "repeats": line.repeats,
         }
 
-    def _predictions(self, network: Network, computes: dict[Any, Compute]) -> list[Json]:
+    def _meets(self, line: Line, networks: dict[bool, Network]) -> Network:
+        """The network as a contender uses it: all but a dense sum may travel in the background."""
+        return networks[self._overlap and line.contender.base != "dense" and isinstance(line.contender, ByExchange)]
+
+    def _predictions(self, networks: dict[bool, Network], computes: dict[Any, Compute]) -> list[Json]:
         """For every group what each of its modes would take on more ranks, and where `sharded` begins to win."""
         found = []
         yardsticks = [line for line in self.lines if not isinstance(line.contender, ByExchange) and line.computes]
@@ -289,10 +302,16 @@ class Bench:
             if not isinstance(line.contender, ByExchange) or not line.repeats:
                 continue
             beside = [other for other in yardsticks if other.contender.sparsity in (None, line.contender.sparsity)]
-            own = {mode: (mode, line.contender.load(), compute) for mode in costs.MODES}
-            others = {o.contender.mode: (o.contender.base, o.contender.load(), computes[o.name]) for o in beside}
-            rows = [_row(network, ranks, own | others) for ranks in costs.powers()]
-            crossover = costs.crossover_ranks(network, line.contender.load(), compute)
+            behind, load = networks[self._overlap], line.contender.load()
+            models = {mode: Model(mode, networks[False] if mode == "dense" else behind, load, compute)
+                      for mode in costs.MODES} | {
+                other.contender.mode: Model(
+                    other.contender.base, networks[False], other.contender.load(), computes[other.name]
+                )
+                for other in beside
+            }  # fmt: skip
+            rows = [_row(models, ranks) for ranks in costs.powers()]
+            crossover = costs.crossover_ranks(behind, load, compute)
             sparsity, kind = line.group
             found.append({"sparsity": sparsity, "values": kind, "crossover_ranks": crossover, "rows": rows})
         return found
@@ -309,16 +328,25 @@ def _compute(line: Line) -> Compute:
     return Compute(**{name: median(took[name] for took in taken) for name in taken[0]})
 
 
-def _row(network: Network, ranks: int, models: dict[str, tuple[str, costs.Load, Compute]]) -> Json:
-    """What each of the `models` (mode, load, computation on `network`'s ranks) takes on another number of ranks."""
-    there = network.grown(ranks)
-    took = {
-        name: sum(costs.predict(mode, there, costs.grown(load, network, ranks), compute).values())
-        for name, (mode, load, compute) in models.items()
-    }
-    _, load, compute = models["sharded"]
-    load = costs.grown(load, network, ranks)
-    fewest = costs.crossover_participants(there, load, compute)
+@dataclass(frozen=True)
+class Model:
+    """What predicts a contender: the mode of the cost model, and what was measured on the ranks of this run."""
+
+    mode: str
+    network: Network
+    load: Load
+    compute: Compute
+
+    def on(self, ranks: int) -> tuple[Network, Load, Compute]:
+        """The same links and clients a rank, with another number of ranks."""
+        return self.network.grown(ranks), costs.grown(self.load, self.network, ranks), self.compute
+
+
+def _row(models: dict[str, Model], ranks: int) -> Json:
+    """What each contender takes on so many ranks."""
+    took = {name: sum(costs.predict(model.mode, *model.on(ranks)).values()) for name, model in models.items()}
+    network, load, compute = models["sharded"].on(ranks)
+    fewest = costs.crossover_participants(network, load, compute)
     return {"ranks": ranks, "participants": load.participants, "seconds": took, "crossover": fewest}
 
 

@@ -47,7 +47,7 @@ class Options:
     compress: bool = False
     overlap: bool = True
     repeats: int = 5
-    seconds: float = 20.0
+    seconds: float = 12.0
     seed: int = 1
 
     def check(self) -> None:

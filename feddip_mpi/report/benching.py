@@ -32,17 +32,19 @@ def headline(result: Json) -> str:
     return (
         f"{result['size']:,} weights, {result['prunable']:,} prunable; {result['clients']} clients on {result['ranks']} "
         f"rank(s), {result['nodes']} node(s); messages {'overlap' if result['overlap'] else 'do not overlap'}\n"
-        f"{processors}; {result['mpi']}\n{network_line(result['network'])}"
+        f"{processors}; {result['mpi']}\n{network_lines(result['networks'])}"
     )
 
 
-def network_line(network: Json | None) -> str:
+def network_lines(networks: Sequence[Json]) -> str:
     """What was fitted."""
-    if network is None:
+    if not networks:
         return "network: one rank, nothing is sent"
-    return (
-        f"network, fitted: latency {1e6 * network['latency_seconds']:.0f} us a step, bandwidth "
-        f"{8e-6 * network['bandwidth_bytes']:.0f} Mbit/s a rank, error of the fit {network['relative_error']:.0%}"
+    return "\n".join(
+        f"network, fitted to transfers {'in the background' if network['background'] else 'that block'}: latency "
+        f"{1e6 * network['latency_seconds']:.0f} us a step, bandwidth {8e-6 * network['bandwidth_bytes']:.0f} Mbit/s "
+        f"a rank, error of the fit {network['relative_error']:.0%}"
+        for network in networks
     )
 
 

@@ -41,7 +41,7 @@ def test_modes_agree_on_any_number_of_ranks(tmp_path: Path) -> None:
         kinds = ("values", "indices", "other", "frame")
         for way in ("sent", "received"):
             assert case[way]["total"] == sum(case[way][kind] for kind in kinds) and min(case[way].values()) >= 0
-    assert alone["network"] is None and spread["network"]["bandwidth_bytes"] > 0
+    assert alone["networks"] == [] and spread["networks"][0]["bandwidth_bytes"] > 0
     assert (tmp_path / "three" / "exchange.png").stat().st_size > 5000
 
 

@@ -136,7 +136,7 @@ def result() -> dict:
     return {
         "cases": cases, "size": 2000, "prunable": 2000, "clients": 2, "ranks": 2, "nodes": 1, "overlap": True,
         "hardware": [{"processor": "cpu", "cores": 2}], "mpi": "MPI", "unchecked": ["dense"], "left_out": ["x: 1 of 5"],
-        "network": {"latency_seconds": 2e-5, "bandwidth_bytes": 1.25e7, "relative_error": 0.1},
+        "networks": [{"background": False, "latency_seconds": 2e-5, "bandwidth_bytes": 1.25e7, "relative_error": 0.1}],
         "predicted": [{"sparsity": 0.95, "values": "int8", "crossover_ranks": 3, "rows": rows}],
     }  # fmt: skip
 
@@ -164,7 +164,7 @@ def test_nothing_that_was_left_out_goes_unsaid(result: dict, capsys: pytest.Capt
     for said in ("left out: x: 1 of 5", "cold run only: node 0.95 int8", "not compared", "PREDICTED", "20 us a step",
                  "100 Mbit/s", "from 3 ranks on", "MPI_Allreduce"):  # fmt: skip
         assert said in shown, said
-    result |= {"network": None, "predicted": []}
+    result |= {"networks": [], "predicted": []}
     benching.show(result)
     assert "nothing is sent" in capsys.readouterr().out
 
