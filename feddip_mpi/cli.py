@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ EXIT_CODES = """\b
 Exit codes: 0 done; 2 wrong input, nothing started; 3 a damaged file;
 4 training diverged; 5 ranks disagree; 75 stopped by a signal after
 saving (resume goes on); others are failures."""
+
+_PATIENCE_SECONDS = 2.0
 
 _SETTINGS = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set sparsity.final=0.95."
@@ -191,12 +194,80 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
     _under_mpi(lambda comm: doctors.examine(comm, target, overrides, as_json))
 
 
+@cli.group()
+def bench() -> None:
+    """Measure what a part of the program costs here."""
+
+
+@bench.command("exchange")
+@click.option("--model", metavar="NAME", help="Weights of this model (a name, or package.module:function).")
+@click.option("--size", type=int, metavar="N", help="Weights, all prunable, in place of a model.  [default: 2000000]")
+@click.option("--sparsity", type=float, multiple=True, metavar="S", help="Share of zeros; repeatable.  [default: 0.95]")
+@click.option("--values", multiple=True, metavar="KIND", help="fp32, fp16, bf16, int8, int4; repeatable.  [default: int8]")
+@click.option(
+    "--modes",
+    multiple=True,
+    metavar="MODE",
+    help="allgatherv, sharded, node, dense, dense-allreduce, values+int32; repeatable.  [default: what makes sense here]",
+)
+@click.option("--regrow", type=float, default=0.0, metavar="SHARE", help="Off-mask values sent, of the kept weights.")
+@click.option("--download", default="fp32", metavar="KIND", help="How `sharded` hands sums on.  [default: fp32]")
+@click.option("--clients", type=int, default=1, metavar="K", help="Participants a rank.  [default: 1]")
+@click.option("--entropy", is_flag=True, help="Compress the values with zstandard.")
+@click.option("--no-overlap", is_flag=True, help="Send only when everything is encoded.")
+@click.option("--repeats", type=int, default=5, metavar="N", help="After one to warm up.  [default: 5]")
+@click.option("--seconds", type=float, default=12.0, metavar="BUDGET", help="Stop measuring after it.  [default: 12]")
+@click.option("--out", metavar="DIR", help="New or empty.  [default: runs/bench-exchange-DATE]")
+@_JSON
+def bench_exchange(
+    model: str | None,
+    size: int | None,
+    sparsity: tuple[float, ...],
+    values: tuple[str, ...],
+    modes: tuple[str, ...],
+    regrow: float,
+    download: str,
+    clients: int,
+    entropy: bool,
+    no_overlap: bool,
+    repeats: int,
+    seconds: float,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Time the exchange of a round in all its modes.
+
+    From updates and residuals to the averaged result on every rank, beside a dense Allreduce and an Allgatherv of
+    values with indices; then what the same network would take on more ranks.
+
+    mpirun -n 4 feddip-mpi bench exchange --model alexnet
+    """
+    from feddip_mpi.bench import exchange
+    from feddip_mpi.bench.options import Options
+
+    options = Options(
+        model=model,
+        size=size,
+        sparsity=sparsity or Options.sparsity,
+        values=values or Options.values,
+        modes=modes,
+        regrow=regrow,
+        download=download,
+        clients=clients,
+        compress=entropy,
+        overlap=not no_overlap,
+        repeats=repeats,
+        seconds=seconds,
+    )
+    _under_mpi(lambda comm: exchange.run(comm, options, out, as_json))
+
+
 def _under_mpi(work: Callable[[Communicator], None]) -> None:
     """Run on every rank. An error that all ranks share ends each with its exit code; any other one ends the job."""
     from feddip_mpi import collectives, runtime
 
     runtime.prepare_mpi()
-    comm = collectives.world()
+    comm = collectives.world(runtime.ranks_per_node())
     try:
         work(comm)
     except FeddipError as error:
@@ -235,9 +306,23 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
+        _let_first_rank_speak()
         error.show()
         sys.exit(InputError.exit_code)
     except FeddipError as error:
+        _let_first_rank_speak()
         _complain(error)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def _let_first_rank_speak() -> None:
+    """An error before MPI starts: all ranks have it, and mpirun ends them all as soon as one has ended with a code.
+
+    Rank 0 says it; the others wait to be ended. Who still runs afterwards (the launcher does not end others, or this
+    rank alone has the error) says it too.
+    """
+    from feddip_mpi import runtime
+
+    if runtime.launched_rank() > 0:
+        time.sleep(_PATIENCE_SECONDS)

@@ -232,15 +232,15 @@ class Communicator:
     def node_allgatherv(self, payloads: Sequence[np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
         """As `allgatherv`, but only one rank of each node speaks to the others; within a node memory is shared."""
         lengths = self._gather_lengths(payloads, counts)
-        order = [rank for node in self._nodes() for rank in node]
+        order = [rank for node in self.nodes() for rank in node]
         rank_bytes = [int(lengths[rank].sum()) for rank in range(self.size)]
         starts = dict(zip(order, np.cumsum([0, *(rank_bytes[rank] for rank in order)]).tolist(), strict=False))
         window, shared = self._shared_buffer(sum(rank_bytes))
         shared[starts[self.rank] : starts[self.rank] + rank_bytes[self.rank]] = _joined(payloads)
         self._node_fence(window)
         if self._leaders() is not None:
-            node_bytes = [sum(rank_bytes[rank] for rank in node) for node in self._nodes()]
-            first = starts[self._nodes()[self._leaders().rank][0]]
+            node_bytes = [sum(rank_bytes[rank] for rank in node) for node in self.nodes()]
+            first = starts[self.nodes()[self._leaders().rank][0]]
             own = node_bytes[self._leaders().rank]
             mine = shared[first : first + own].copy()
             shared[: sum(node_bytes)] = self._allgatherv_bytes(mine, node_bytes, self._leaders())
@@ -252,15 +252,24 @@ class Communicator:
         by_rank = [_cut(whole[starts[rank] : starts[rank] + rank_bytes[rank]], lengths[rank]) for rank in range(self.size)]
         return [payload for own in by_rank for payload in own]
 
-    def allreduce(self, values: np.ndarray) -> np.ndarray:
-        """The sum of float32 arrays of equal length over all ranks. Its bits depend on the number of ranks."""
+    def allreduce(self, values: np.ndarray, blocking: bool = True) -> np.ndarray:
+        """The sum of float32 arrays of equal length over all ranks. Its bits depend on the number of ranks.
+
+        Args:
+            values: float32 [m].
+            blocking: MPI_Allreduce, else MPI_Iallreduce: libraries have other algorithms for it, and which of the two
+                is faster differs.
+        """
         if values.dtype != np.float32:
             raise TypeError(f"only float32 is ever reduced by MPI, not {values.dtype}: bfloat16 sums are silently wrong")
         out = np.empty_like(values)
         step = self._limit // values.itemsize
         for start in range(0, values.size, step):
             piece = slice(start, start + step)
-            self._call(self._bulk, "Allreduce", values[piece], out[piece])
+            if blocking:
+                self._call(self._bulk, "Allreduce", values[piece], out[piece])
+            else:
+                self._bulk.Iallreduce(values[piece], out[piece]).Wait()
         self.sent["update"] += values.nbytes
         self.received["update"] += values.nbytes if self.size > 1 else 0
         return out
@@ -411,8 +420,8 @@ class Communicator:
             self._buffer: tuple[Any, np.ndarray] = (None, np.zeros(0, np.uint8))
         return len(self._ranks_by_node)
 
-    def _nodes(self) -> list[list[int]]:
-        """The ranks of each node, in the order of the nodes' first ranks."""
+    def nodes(self) -> list[list[int]]:
+        """The ranks of each node, in the order of the nodes' first ranks; `open_nodes` comes first."""
         return self._ranks_by_node
 
     def _leaders(self) -> Any:

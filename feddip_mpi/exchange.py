@@ -102,6 +102,7 @@ class Exchange:
 
     Attributes:
         transfer_seconds: how long messages were under way; with `overlap` most of it behind other work.
+        received: bytes of the frames of other ranks that were read here, by kind.
     """
 
     def __init__(self, comm: Communicator, task: Task, owed: Tensor | None = None, phase: Phase = untimed) -> None:
@@ -125,6 +126,7 @@ class Exchange:
         self._bounds = slices(task.carried, task.size, comm.size if task.mode == "sharded" else 1, task.upload.values)
         self._local = Sum(task.carried, task.size, 0, task.size) if task.mode == "dense" else None
         self.transfer_seconds = 0.0
+        self.received = Bytes()
         self._waiting: list[list[np.ndarray]] = []
         self._sent: list[Future[list[np.ndarray]]] = []
 
@@ -177,6 +179,8 @@ class Exchange:
                         f"{piece.lo} to {piece.hi}) in place of client {client}'s (kind {kind}, {lo} to {hi})"
                     )
                 self._add(total, piece)
+                if task.placed[client] != self._comm.rank:
+                    self.received += piece.bytes
         return total
 
     def drain(self) -> None:
@@ -231,31 +235,18 @@ class Exchange:
 
     def _hand_on(self, total: Sum) -> Outcome:
         """The sum of this rank's slice to all others, and theirs."""
-        task, comm, part = self._task, self._comm, total.result()
-        lo, hi, carried = total.lo, total.hi, task.carried
-        generator = np.random.default_rng(0)  # codes of a sum are rounded to the nearest: nothing is drawn
-        packed = part.packed
-        own = slice(total.first, total.first + packed.numel())
-        if self._owed is not None:
-            packed = packed + self._owed[own]
-        coded = values.code(packed, task.download, False, generator)
-        owed = None
-        if task.download != "fp32":
-            owed = torch.zeros(carried.count, device=packed.device)
-            owed[own] = packed - coded.restored()
-        exact = values.code(part.sums, "fp32", False, generator)
-        head = (task.round, AGGREGATE, carried, task.size)
-        compress, dense = task.upload.compress, self._dense
-        messages = [Message(SUPPORT, *head, coded, lo, part.indices[:0], part.other, dense, compress)]
-        if REGROW in task.upload.kinds:
-            messages.append(Message(REGROW, *head, exact, 0, part.indices, part.other[:0], False, compress))
-        frames = [message.frame(lo, hi) for message in messages]
+        task, comm = self._task, self._comm
+        with self._phase("decode"):
+            frames, owed = framed_sum(task, total, self._owed)
         with self._phase("exchange"):
             gathered = comm.allgatherv(frames, [len(frames)] * comm.size)
         with self._phase("decode"):
             pieces = [codec.read(frame, task.support, task.size, task.round) for frame in gathered]
-        mine = [piece.bytes for piece in pieces[comm.rank * len(frames) : (comm.rank + 1) * len(frames)]]
-        return Outcome(self._assembled(pieces, len(frames)), sum(mine, Bytes()), owed)
+            aggregate = self._assembled(pieces, len(frames))
+        mine = slice(comm.rank * len(frames), (comm.rank + 1) * len(frames))
+        own_bytes = sum((piece.bytes for piece in pieces[mine]), Bytes())
+        self.received += sum((piece.bytes for piece in pieces[: mine.start] + pieces[mine.stop :]), Bytes())
+        return Outcome(aggregate, own_bytes, owed)
 
     def _assembled(self, pieces: Sequence[Piece], kinds: int) -> Aggregate:
         """The whole sum from all owners' frames, in the order of their slices."""
@@ -293,6 +284,28 @@ class Exchange:
             packed = task.carried.take(task.start) + packed
         indices = outside.nonzero().squeeze(1)
         return Aggregate(own.support, packed, indices, outside[indices], other)
+
+
+def framed_sum(task: Task, total: Sum, owed: Tensor | None) -> tuple[list[np.ndarray], Tensor | None]:
+    """The sum of a slice as frames, and what is owed from now on (see Outcome); `owed`: what was until now."""
+    part, carried = total.result(), task.carried
+    generator = np.random.default_rng(0)  # codes of a sum are rounded to the nearest: nothing is drawn
+    packed = part.packed
+    own = slice(total.first, total.first + packed.numel())
+    if owed is not None:
+        packed = packed + owed[own]
+    coded = values.code(packed, task.download, False, generator)
+    left = None
+    if task.download != "fp32":
+        left = torch.zeros(carried.count, device=packed.device)
+        left[own] = packed - coded.restored()
+    exact = values.code(part.sums, "fp32", False, generator)
+    head = (task.round, AGGREGATE, carried, task.size)
+    compress, dense = task.upload.compress, task.upload.dense
+    messages = [Message(SUPPORT, *head, coded, total.lo, part.indices[:0], part.other, dense, compress)]
+    if REGROW in task.upload.kinds:
+        messages.append(Message(REGROW, *head, exact, 0, part.indices, part.other[:0], False, compress))
+    return [message.frame(total.lo, total.hi) for message in messages], left
 
 
 def slices(support: Support, size: int, ranks: int, kind: str) -> list[int]:

@@ -17,7 +17,7 @@ from feddip_mpi import codec, control, costs, evaluate, masks, methods, metrics,
 from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import Config
+from feddip_mpi.config import Config, UploadConfig
 from feddip_mpi.errors import FeddipError, NumericalError, PeerError
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
@@ -38,6 +38,12 @@ class Saver(Protocol):
     def save(self, state: State, history: Sequence[metrics.Record]) -> None: ...
 
     def overdue(self) -> bool: ...
+
+
+class Outlet(Protocol):
+    """Where a client's messages go: an `Exchange`."""
+
+    def post(self, message: codec.Message) -> Bytes: ...
 
 
 @dataclass
@@ -255,7 +261,7 @@ class Work:
 def _train_and_send(
     federation: Federation, state: State, plan: RoundPlan, task: Task, exchange: Exchange, work: Work, meter: Meter
 ) -> None:
-    comm, srv = federation.comm, state.server
+    config, comm, srv = federation.config, federation.comm, state.server
     received = server.pruned(srv.weights, srv.mask)
     for slot, client in enumerate(plan.participants):
         if task.placed[client] != comm.rank:
@@ -267,19 +273,32 @@ def _train_and_send(
             )
         with meter.phase("encode"):
             _require_finite(result.loss, result.update, plan, client, comm.rank)
-            sent = _encode_and_send(federation, state, task, exchange, client, result.update)
+            sent = encode_and_send(exchange, task, config.upload, config.seed, state.held, client, result.update)
         residual = state.held.get(client)
         squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
         work.numbers[slot] = (result.loss, result.samples, squared, *(getattr(sent, kind) for kind in _BYTES))
 
 
-def _encode_and_send(
-    federation: Federation, state: State, task: Task, exchange: Exchange, client: int, update: Tensor
+def encode_and_send(
+    exchange: Outlet,
+    task: Task,
+    policy: UploadConfig,
+    seed: int,
+    held: dict[int, Residual],
+    client: int,
+    update: Tensor,
 ) -> Bytes:
-    """Add the client's old residual to its update, compress the sum and send it; what is left is the new residual."""
-    policy, old = federation.config.upload, state.held.pop(client, None)
+    """Add the client's old residual to its update, compress the sum and send it; what is left is the new residual.
+
+    Args:
+        exchange: takes the messages.
+        policy, seed: of the configuration.
+        held: residuals by client; the client's is replaced, or removed.
+        update: float32 [n]; becomes the residual's memory.
+    """
+    old = held.pop(client, None)
     residuals.recall(update, old, policy, task.carried, task.round)
-    generator = streams.stream(federation.config.seed, "rounding", task.round, client)
+    generator = streams.stream(seed, "rounding", task.round, client)
     counted, decoded = Bytes(), update[:0]
     for message in codec.encode(update, task.support, task.upload, task.round, client, generator):
         counted += exchange.post(message)
@@ -288,7 +307,7 @@ def _encode_and_send(
     left = update[: task.support.size]
     kept = residuals.remember(left, decoded, old, policy, task.carried, task.round)
     if kept is not None:
-        state.held[client] = kept
+        held[client] = kept
     return counted
 
 

@@ -41,6 +41,23 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, st
     return (int(tasks), "SLURM_NTASKS") if in_step and tasks.isdigit() else (1, "")
 
 
+def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's rank as the launcher calls it, for what happens before MPI starts; 0 where none says."""
+    names = ["OMPI_COMM_WORLD_RANK", "PMI_RANK"] + (["SLURM_PROCID"] if "SLURM_STEP_ID" in environment else [])
+    told = [environment[name] for name in names if environment.get(name, "").isdigit()]
+    return int(told[0]) if told else 0
+
+
+def ranks_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
+    """FEDDIP_RANKS_PER_NODE: so many ranks of a machine are taken for a node of their own (docs/sharp-bits.md)."""
+    told = environment.get("FEDDIP_RANKS_PER_NODE", "")
+    if not told:
+        return None
+    if not told.isascii() or not told.isdigit() or int(told) < 1:
+        raise InputError(f"FEDDIP_RANKS_PER_NODE: got {told!r}; a whole number from 1, or unset: a node is a machine")
+    return int(told)
+
+
 def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a launch in which every process believes that it is alone.
 

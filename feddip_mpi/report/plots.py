@@ -1,4 +1,4 @@
-"""Pictures: a run by round, a plan by round, a partition by client.
+"""Pictures: a run by round, a plan by round, a partition by client, an exchange benchmark.
 
 Each `*_figure` draws and writes one file; the ending of its path chooses the format (.png, .pdf or .svg). Drawing
 needs matplotlib, which is loaded here only and only when a picture is asked for; pyplot and its global state are
@@ -50,6 +50,7 @@ _STYLE = {
     "text.parse_math": False,  # a title may hold a dollar sign
     "pdf.fonttype": 42,  # letters stay text in the PDF
 }
+_MODE_COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)
 _MARKERS_UP_TO = 40  # points; beyond, markers would merge into a thick line
 
 
@@ -102,6 +103,20 @@ def partition_figure(histogram: np.ndarray, class_names: Sequence[str] | None, p
         _save(draw_partition(histogram, class_names), path)
 
 
+def exchange_figure(result: Mapping[str, Any], path: PathLike) -> None:
+    """Draw an exchange benchmark: bytes and seconds by mode against the dense Allreduce, and seconds over the ranks.
+
+    Args:
+        result: what `feddip-mpi bench exchange` saves as exchange.json.
+        path: where to write it.
+
+    Raises:
+        InputError: matplotlib is missing, or the file cannot be written.
+    """
+    with _style():
+        _save(draw_exchange(result), path)
+
+
 def draw_run(records: Sequence[Row], title: str) -> Figure:
     """The figure that `run_figure` writes."""
     figure, panels = _four_panels(title, records)
@@ -148,6 +163,103 @@ def draw_partition(histogram: np.ndarray, class_names: Sequence[str] | None) -> 
     _draw_totals(totals, counts)
     _draw_heat(heat, figure.add_subplot(grid[1, 1]), counts, names)
     return figure
+
+
+def draw_exchange(result: Mapping[str, Any]) -> Figure:
+    """The figure that `exchange_figure` writes."""
+    from matplotlib.figure import Figure
+
+    cases = result["cases"]
+    figure = Figure(figsize=(13, 3.2 + max(2.0, 0.45 * len(cases))), dpi=150, layout="constrained")
+    clients, ranks, nodes = (_counted(result[f"{name}s"], name) for name in ("client", "rank", "node"))
+    figure.suptitle(f"Exchange of {result['size']:,} weights, {clients} on {ranks} ({nodes})", fontsize=13)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    _draw_cases(left, cases)
+    _draw_predicted(right, result)
+    return figure
+
+
+def _draw_cases(panel: Axes, cases: Sequence[Row]) -> None:
+    """Two bars a case: how many times faster, and how many times fewer bytes, than the dense Allreduce."""
+    panel.set(title="Against the dense Allreduce", xlabel="times faster, times fewer bytes received by a rank")
+    if not any(case["times_faster"] for case in cases):
+        _no_data(panel)
+        return
+    places = np.arange(len(cases))
+    named = [
+        " ".join(filter(None, (case["mode"], _short(case["sparsity"]), case["values"], _short(case["download"], "/"))))
+        for case in cases
+    ]
+    for shift, key, colour, label in ((-0.2, "times_faster", BLUE, "seconds"), (0.2, "times_fewer_bytes", GREEN, "bytes")):
+        ratios = np.array([case[key] or 1.0 for case in cases])
+        panel.barh(places + shift, ratios - 1, left=1, height=0.36, color=colour, label=label)
+        for place, ratio, case in zip(places, ratios, cases, strict=True):
+            text = _engineering(case["seconds"]["median"], "s") if key == "times_faster" else (
+                _engineering(case["received"]["total"], "B"))  # fmt: skip
+            panel.annotate(
+                text, (max(ratio, 1.0), place + shift), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    panel.set_yticks(places, [_clip(name, 30) for name in named])
+    panel.invert_yaxis()
+    panel.grid(visible=False, axis="y")
+    panel.set_xscale("log")
+    panel.axvline(1, color=GREY, linewidth=1)
+    low, high = panel.get_xlim()
+    panel.set_xlim(low, high * (high / low) ** 0.2)  # room for the text behind the longest bar
+    _plain_log(panel.xaxis)
+    _legend(panel, loc="upper right")  # the yardstick comes first and has no bars
+
+
+def _draw_predicted(panel: Axes, result: Mapping[str, Any]) -> None:
+    """Curves of the first group over the ranks, with what was measured as points."""
+    panel.set(title="Predicted for more ranks", xlabel="ranks", ylabel="seconds, whole exchange")
+    if not result["predicted"]:
+        _no_data(panel)
+        return
+    group = result["predicted"][0]
+    ranks = [row["ranks"] for row in group["rows"]]
+    for number, mode in enumerate(group["rows"][0]["seconds"]):
+        colour, style = _MODE_COLOURS[number % len(_MODE_COLOURS)], ("-", "--")[number // 3 % 2]
+        panel.plot(ranks, [row["seconds"][mode] for row in group["rows"]], color=colour, linestyle=style, label=mode)
+        measured = [
+            case["seconds"]["median"]
+            for case in result["cases"]
+            if case["mode"] == mode
+            and case["sparsity"] in (None, group["sparsity"])
+            and case["values"] in (None, group["values"])
+        ]
+        panel.plot([result["ranks"]] * len(measured), measured, color=colour, linestyle="none", marker="o", markersize=7)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    _plain_log(panel.xaxis)
+    _plain_log(panel.yaxis)
+    _note(panel, f"sparsity {group['sparsity']:g}, {group['values']}; points: measured")
+    _legend(panel, loc="upper left", ncols=2)
+
+
+def _plain_log(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
+def _short(value: float | str | None, before: str = "") -> str:
+    """A part of a case's name; fp32 goes without saying on the way back."""
+    if value in (None, "fp32"):
+        return ""
+    return before + (f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _engineering(value: float, unit: str) -> str:
+    from matplotlib.ticker import EngFormatter
+
+    return str(EngFormatter(unit=unit, places=1)(value))
 
 
 def _draw_accuracy(panel: Axes, records: Sequence[Row]) -> None:

@@ -16,7 +16,7 @@ from feddip_mpi import checkpoint, config, federation
 from feddip_mpi.cli import cli
 from feddip_mpi.errors import DamagedFileError, InputError
 
-COMMANDS = ("data", "doctor", "evaluate", "export", "inspect", "plan", "resume", "train", "verify")
+COMMANDS = ("bench", "data", "doctor", "evaluate", "export", "inspect", "plan", "resume", "train", "verify")
 
 
 def invoke(*words: str) -> Result:

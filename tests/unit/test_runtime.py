@@ -177,3 +177,19 @@ def test_results_name_hardware_and_versions() -> None:
     assert hardware["host"] and hardware["cores"] == len(os.sched_getaffinity(0))
     assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"] == torch.__version__
     assert set(versions) == {"feddip_mpi", "python", "torch", "numpy", "h5py", "mpi4py"}
+
+
+def test_the_launcher_s_rank_before_mpi_starts() -> None:
+    assert runtime.launched_rank({}) == 0
+    assert runtime.launched_rank({"OMPI_COMM_WORLD_RANK": "3", "PMI_RANK": "1"}) == 3
+    assert runtime.launched_rank({"PMI_RANK": "2"}) == 2
+    assert runtime.launched_rank({"SLURM_PROCID": "2"}) == 0  # a batch script that starts no step
+    assert runtime.launched_rank({"SLURM_PROCID": "2", "SLURM_STEP_ID": "0"}) == 2
+
+
+def test_ranks_per_node() -> None:
+    assert runtime.ranks_per_node({}) is runtime.ranks_per_node({"FEDDIP_RANKS_PER_NODE": ""}) is None
+    assert runtime.ranks_per_node({"FEDDIP_RANKS_PER_NODE": "2"}) == 2
+    for wrong in ("0", "-1", "two", "1.5", "²"):
+        with pytest.raises(InputError, match="FEDDIP_RANKS_PER_NODE"):
+            runtime.ranks_per_node({"FEDDIP_RANKS_PER_NODE": wrong})

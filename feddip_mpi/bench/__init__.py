@@ -1,0 +1,1 @@
+"""Benchmarks that run anywhere: on a laptop, between network namespaces, on a cluster."""
