@@ -216,7 +216,8 @@ def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
         mask=torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool),
     )
     # A file of an earlier version may lack a name that was added since.
-    table = {name: reader.array(f"history/{name}") for name in metrics.FIELDS if reader.names(f"history/{name}")}
+    present = set(reader.names("history/"))
+    table = {name: reader.array(f"history/{name}") for name in metrics.FIELDS if f"history/{name}" in present}
     normalisation = json.loads(model["normalisation"])
     return Loaded(
         path=path,
