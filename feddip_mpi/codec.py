@@ -236,6 +236,7 @@ def _read_body(frame: np.ndarray, head: _Header, carried: Support, size: int) ->
     count = carried.rank(hi) - carried.rank(lo) if head.kind == SUPPORT else head.count
     if head.count != count or not count <= hi - lo:
         raise ValueError(f"{head.count} values, {count} expected")
+    _check_phase(head, carried, lo)
     other = 4 * (head.hi - head.lo - (hi - lo)) if head.kind == SUPPORT else 0
     body = staging.to_device(frame[_HEADER.size :], carried.mask.device)
     ends = [head.index_bytes, body.numel() - other]
@@ -249,7 +250,9 @@ def _read_body(frame: np.ndarray, head: _Header, carried: Support, size: int) ->
         places = lo + indices.unpack(
             body[: ends[0]].clone(), head.coding, head.parameter, head.complement, count, hi - lo
         )
-    elif head.index_bytes:
+        if head.dense or carried.mask[places].any():
+            raise ValueError("indices of weights that travel without any")
+    elif head.index_bytes or head.coding or head.parameter or head.complement:
         raise ValueError("indices in a message without any")
     return Piece(
         kind=head.kind,
@@ -263,6 +266,16 @@ def _read_body(frame: np.ndarray, head: _Header, carried: Support, size: int) ->
         dense=head.dense,
         bytes=Bytes(ends[1] - ends[0], head.index_bytes, other, _HEADER.size),
     )
+
+
+def _check_phase(head: _Header, carried: Support, lo: int) -> None:
+    """A wrong phase would give values the scales of other blocks. Only a slice of a REGROW message may have any."""
+    block = values.BLOCK.get(head.values, 1)
+    if head.kind == REGROW and lo > 0 and block > 1:
+        return
+    first = carried.rank(lo) if head.kind == SUPPORT and head.client != AGGREGATE else 0
+    if head.phase != first % block:
+        raise ValueError(f"values begin at place {head.phase} of a block, {first % block} expected")
 
 
 def decode(frames: Sequence[np.ndarray], support: Support, size: int, round: int) -> Tensor:

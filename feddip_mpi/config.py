@@ -299,9 +299,10 @@ def validate(values: Mapping[str, Any], source: str = "configuration") -> Config
             problems.setdefault(key, _describe(key, item))
         config = _without(values, problems)
     if config is not None:
+        wrong = list(problems)  # a key that is wrong by itself is not blamed twice, one that breaks two rules is
         for keys, message in _cross_field_problems(config):
-            if not any(bad == key or bad.startswith(key + ".") for bad in problems for key in keys):
-                problems[keys[0]] = message
+            if not any(bad == key or bad.startswith(key + ".") for bad in wrong for key in keys):
+                problems[" ".join(keys)] = message
     if problems:
         lines = "\n".join(f"  {message}" for message in problems.values())
         raise InputError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")

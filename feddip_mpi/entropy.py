@@ -51,7 +51,7 @@ def restore(data: Tensor, size: int) -> Tensor:
     try:
         if zstandard.frame_content_size(raw) != size:
             raise ValueError(f"compressed values are not {size} bytes long")
-        out = zstandard.ZstdDecompressor().decompress(raw, max_output_size=size)
+        out = zstandard.ZstdDecompressor().decompress(raw, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"compressed values are damaged: {error}") from None
     return torch.frombuffer(bytearray(out), dtype=torch.uint8).to(data.device)

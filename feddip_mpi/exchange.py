@@ -172,7 +172,7 @@ class Exchange:
         total = Sum(task.carried, task.size, lo, hi, task.start)
         for client, frames in received.items():
             for kind, frame in zip(task.upload.kinds, frames, strict=True):
-                piece = codec.read(frame, task.support, task.size, task.round)
+                piece = self._read(frame, f"from rank {task.placed[client]}, client {client}")
                 if (piece.client, piece.kind, piece.lo, piece.hi, piece.dense) != (client, kind, lo, hi, self._dense):
                     raise PeerError(
                         f"round {task.round + 1}: a frame of client {piece.client} (kind {piece.kind}, coordinates "
@@ -182,6 +182,13 @@ class Exchange:
                 if task.placed[client] != self._comm.rank:
                     self.received += piece.bytes
         return total
+
+    def _read(self, frame: np.ndarray, source: str) -> Piece:
+        """`codec.read`, whose errors say where the frame should have come from: a damaged header does not know."""
+        try:
+            return codec.read(frame, self._task.support, self._task.size, self._task.round)
+        except PeerError as error:
+            raise PeerError(f"{source}: {error}") from None
 
     def drain(self) -> None:
         """Wait for messages under way, whatever became of them; after an error, and before anything else is sent."""
@@ -241,7 +248,8 @@ class Exchange:
         with self._phase("exchange"):
             gathered = comm.allgatherv(frames, [len(frames)] * comm.size)
         with self._phase("decode"):
-            pieces = [codec.read(frame, task.support, task.size, task.round) for frame in gathered]
+            owners = (place // len(frames) for place in range(len(gathered)))
+            pieces = [self._read(frame, f"from rank {owner}") for owner, frame in zip(owners, gathered, strict=True)]
             aggregate = self._assembled(pieces, len(frames))
         mine = slice(comm.rank * len(frames), (comm.rank + 1) * len(frames))
         own_bytes = sum((piece.bytes for piece in pieces[mine]), Bytes())
@@ -253,8 +261,8 @@ class Exchange:
         parts = []
         for owner, (lo, hi) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
             support, *regrow = pieces[owner * kinds : (owner + 1) * kinds]
-            for piece in (support, *regrow):
-                if (piece.client, piece.lo, piece.hi) != (AGGREGATE, lo, hi):
+            for kind, piece in enumerate((support, *regrow)):
+                if (piece.client, piece.kind, piece.lo, piece.hi) != (AGGREGATE, kind, lo, hi):
                     raise PeerError(
                         f"round {self._task.round + 1}: rank {owner} handed on the coordinates {piece.lo} to {piece.hi} "
                         f"instead of {lo} to {hi}"

@@ -63,12 +63,9 @@ def code(values: Tensor, kind: str, stochastic: bool, generator: np.random.Gener
     """
     none = torch.zeros(0, dtype=torch.bfloat16, device=values.device)
     if kind in _DTYPES:
-        dtype = _DTYPES[kind]
-        # Beyond the largest finite one of the type that one travels, and the residual keeps the rest.
-        largest = torch.finfo(dtype).max
-        return Coded(kind, (values if values.dtype == dtype else values.clamp(-largest, largest).to(dtype)), none)
+        return Coded(kind, _within(values, _DTYPES[kind]), none)
     levels = _LEVELS[kind]
-    blocks = _padded(values.to(torch.float32), BLOCK[kind])
+    blocks = _padded(_within(values, torch.float32), BLOCK[kind])
     scales = (blocks.abs().amax(dim=1) / levels).to(torch.bfloat16)
     steps = scales.to(torch.float32)[:, None]
     scaled = torch.where(steps > 0, blocks / steps, 0.0)
@@ -116,6 +113,12 @@ def bytes_per_value(kind: str) -> float:
 def as_bytes(tensor: Tensor) -> Tensor:
     """A tensor's memory as uint8 [bytes], on its device; a view where it is contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else _nothing(tensor, torch.uint8)
+
+
+def _within(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `dtype`. Beyond its largest finite value that one travels, and the residual keeps the rest."""
+    largest = torch.finfo(dtype).max
+    return values if values.dtype == dtype else values.clamp(-largest, largest).to(dtype)
 
 
 def _blocks(count: int, kind: str, phase: int) -> int:

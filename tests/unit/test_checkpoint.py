@@ -43,7 +43,7 @@ def snapshot(rounds: int = 4, seed: int = 0, **settings: object) -> Snapshot:
     return Snapshot(
         config=config.validate({"clients": 3, "participants": 2, "seed": 2**62 + 1, **settings}),
         layout=layout,
-        server=server.Server(rounds, weights, mask),
+        server=server.Server.of(rounds, weights, mask),
         history=history(rounds),
         identity="synthetic 60x1x4x4 0123abcd",
         histogram=np.arange(9).reshape(3, 3),
@@ -53,6 +53,7 @@ def snapshot(rounds: int = 4, seed: int = 0, **settings: object) -> Snapshot:
         mean=(0.1,),
         std=(0.3,),
         class_names=("cat", "Katze", "ねこ"),
+        memories={"reference": np.linspace(-1, 1, 42, dtype=np.float32), "owed": np.array([1e-45, -0.0], np.float32)},
     )
 
 
@@ -78,6 +79,8 @@ def content(path: Path) -> bytes:
     ]
     arrays = [loaded.server.weights.numpy(), loaded.server.mask.numpy(), loaded.histogram]
     arrays += [*loaded.tensors.values(), *loaded.masks.values()]
+    parts.append(repr(sorted(loaded.memories)))
+    arrays += [loaded.memories[name] for name in sorted(loaded.memories)]
     for client, residual in checkpoint.read_residuals(path):
         parts.append(repr((client, residual.round)))
         arrays.append(residual.values.numpy())
@@ -118,6 +121,38 @@ def test_residuals_come_back_bit_for_bit_in_both_forms(tmp_path: Path) -> None:
         assert "clients/0/residual/indices" in reader.names()  # few values: with indices
         assert "clients/2/residual/indices" not in reader.names()
     assert checkpoint.residual_bytes(path) == {0: 3 * 8 + 3 * 4, 2: 42 * 4, 10: 42 * 4}
+
+
+def test_what_the_server_remembers_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    given = snapshot()
+    loaded = checkpoint.load(saved(tmp_path))
+    assert set(loaded.memories) == {"reference", "owed"}
+    for name, values in given.memories.items():
+        assert loaded.memories[name].dtype == np.float32
+        assert loaded.memories[name].tobytes() == values.tobytes()
+    for memories in ({}, {"owed": np.zeros(0, np.float32)}):
+        checkpoint.save(tmp_path / "other.h5", replace(given, memories=memories), [])
+        assert {name: v.size for name, v in checkpoint.load(tmp_path / "other.h5").memories.items()} == {
+            name: v.size for name, v in memories.items()
+        }
+
+
+def test_other_memories_are_another_state(tmp_path: Path) -> None:
+    given = snapshot()
+    other = {**given.memories, "owed": np.array([1e-45, 0.0], np.float32)}
+    digests = {checkpoint.save(tmp_path / "a.h5", replace(given, memories=m), []) for m in (given.memories, other, {})}
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("missing", ["transfer_seconds", "download_frame_bytes", "sparsity"])
+def test_a_file_of_an_earlier_version_lacks_a_name_and_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(metrics, "FIELDS", {name: f for name, f in metrics.FIELDS.items() if name != missing})
+    path = saved(tmp_path)
+    monkeypatch.undo()
+    expected = [{**record, missing: None} for record in snapshot().history]
+    assert checkpoint.load(path).history == expected
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.49, 0.5, 0.51, 1.0])
@@ -311,9 +346,8 @@ def scored(folder: Path, round: int, accuracy: float | None, sparsity: float) ->
     given = snapshot(round)
     mask = torch.arange(42) >= int(42 * sparsity)
     history = [{**given.history[-1], "test_accuracy": accuracy}] if round else []
-    checkpoint.save(
-        checkpoint.path_of(folder, round), replace(given, server=replace(given.server, mask=mask), history=history), []
-    )
+    state = server.Server.of(given.server.round, given.server.weights, mask)
+    checkpoint.save(checkpoint.path_of(folder, round), replace(given, server=state, history=history), [])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ PUBLIC_KEYS = [
     "weight_decay", "data.name", "data.path", "data.partition", "data.alpha", "model.name", "sparsity.initial",
     "sparsity.final", "sparsity.schedule", "mask.every", "mask.initial", "penalty.maximum", "penalty.steps",
     "penalty.schedule", "feedback", "upload.values", "upload.regrow", "upload.residual", "server_memory", "exchange",
-    "method", "eval.every", "checkpoint.every", "checkpoint.keep",
+    "method", "eval.every", "checkpoint.every", "checkpoint.keep", "upload.entropy", "download.values", "overlap",
+    "network.latency", "network.bandwidth",
 ]  # fmt: skip
 
 WRONG = [
@@ -41,7 +42,11 @@ WRONG = [
     ("penalty.maximum", "true"), ("penalty.steps", "0"), ("penalty.schedule", "on"), ("penalty.norm", "l3"),
     ("upload.values", "fp8"), ("upload.rounding", "up"), ("upload.mode", "all"), ("upload.regrow", "-0.01"),
     ("upload.regrow_schedule", "cubic"), ("upload.regrow_rounds", "none"), ("upload.residual", "forget"),
-    ("upload.residual_decay", "1.5"), ("eval.every", "0"), ("eval.batch_size", "0"), ("eval.clients", "some"),
+    ("upload.residual_decay", "1.5"), ("upload.residual", "ef22"), ("upload.entropy", "gzip"), ("upload.entropy", "on"),
+    ("download", "int8"), ("download.values", "fp8"), ("overlap", "maybe"),
+    ("exchange", "allreduce"), ("exchange", "off"), ("network.latency", "0"), ("network.latency", "-1"),
+    ("network.latency", ".inf"), ("network.bandwidth", "0"), ("network.bandwidth", "fast"), ("network.bandwidth", "1e10"),
+    ("eval.every", "0"), ("eval.batch_size", "0"), ("eval.clients", "some"),
     ("checkpoint.every", "0"), ("checkpoint.keep", "0"), ("checkpoint.best", "worst"), ("checkpoint.minutes", "0"),
     ("checkpoint.minutes", "yes"), ("checkpoint.minutes", ".inf"), ("checkpoint.minutes", ".nan"),
 ]  # fmt: skip
@@ -138,6 +143,42 @@ def test_rules_between_keys(text: str, key: str) -> None:
 )  # fmt: skip
 def test_edges_of_the_rules_are_allowed(text: str) -> None:
     config.parse(text)
+
+
+@pytest.mark.parametrize("values", ["fp16", "bf16", "int8", "int4"])
+def test_a_rounded_sum_needs_owners_that_pay_what_they_owe(values: str) -> None:
+    """Wherever nobody owns a coordinate until the next mask update, or the sum is itself what is remembered."""
+    base = f"download.values={values}"
+    assert config.parse("", [base, "exchange=sharded"]).download.values == values
+    for residual in ("keep", "decay", "in_mask_only", "drop"):
+        config.parse("", [base, "exchange=sharded", f"upload.residual={residual}", "upload.values=int4", "overlap=off"])
+    for exchange in ("allgatherv", "node", "dense", "auto"):
+        (line,) = problems("", base, f"exchange={exchange}")
+        assert line.startswith(f"download.values: got {values}, which needs exchange=sharded, not {exchange}; set ")
+    for mode in ("dense", "dense_at_mask_updates"):
+        (line,) = problems("", base, "exchange=sharded", f"upload.mode={mode}")
+        assert f"needs upload.mode=masked, not {mode}" in line
+    (line,) = problems("", base, "exchange=sharded", "upload.residual=ef21")
+    assert line.startswith(f"download.values: got {values}, which upload.residual=ef21 does not allow")
+    assert len(problems("", base, "upload.mode=dense", "upload.residual=ef21")) == 3
+    assert [line.split(":")[0] for line in problems("", base, "exchange=smoke")] == ["exchange"]  # not blamed twice
+
+
+@pytest.mark.parametrize("exchange", ["allgatherv", "sharded", "node", "dense", "auto"])
+@pytest.mark.parametrize("mode", ["masked", "dense", "dense_at_mask_updates"])
+def test_exact_sums_go_with_everything(exchange: str, mode: str) -> None:
+    for residual in ("keep", "ef21"):
+        config.parse("", [f"exchange={exchange}", f"upload.mode={mode}", f"upload.residual={residual}"])
+
+
+@pytest.mark.parametrize("key", ["exchange", "overlap", "network.latency", "network.bandwidth"])
+def test_how_bytes_travel_may_change_on_resume(key: str) -> None:
+    assert key in config.RESUMABLE_KEYS
+
+
+@pytest.mark.parametrize("key", ["upload.residual", "upload.entropy", "upload.values", "download.values"])
+def test_what_bytes_mean_may_not(key: str) -> None:
+    assert key not in config.RESUMABLE_KEYS
 
 
 def test_validation_leaves_the_values_given_alone() -> None:

@@ -27,7 +27,7 @@ def saved(folder: Path, model: str = "lenet5", sparsity: float = 0.9, name: str 
     weights = vector.flatten(built, layout)
     weights[layout.parameters :] += 0.25  # normalisation statistics that a fresh model does not have
     mask = torch.from_numpy(np.random.default_rng(1).random(layout.prunable) >= sparsity)
-    state = server.Server(3, weights, mask)
+    state = server.Server.of(3, weights, mask)
     snapshot = Snapshot(
         settings, layout, state, [], "some data", np.ones((2, 10), np.int64), shape, 10, "today",
         (0.5,) * shape[0], (0.25,) * shape[0], tuple(f"class {i} ä" for i in range(10)),

@@ -1,6 +1,5 @@
 """FedAvg and FedProx through the engine against a plain loop, and rounds that must fail."""
 
-from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alone import Alone
 from torch import Tensor, nn
 
 from feddip_mpi import checkpoint, config, federation, masks, rounds, run_folder, session
 from feddip_mpi.config import Config
-from feddip_mpi.errors import FeddipError, NumericalError
+from feddip_mpi.errors import NumericalError
 from feddip_mpi.federation import Federation
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.streams import stream
@@ -26,37 +26,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(torch.tanh(self.norm(self.conv(x))).flatten(1))
-
-
-class Alone:
-    """The communicator of a job of one rank, without MPI."""
-
-    rank, size, node_rank = 0, 1, 0
-
-    def __init__(self) -> None:
-        self.sent: Counter[str] = Counter()
-        self.received: Counter[str] = Counter()
-
-    def check(self, error: FeddipError | None) -> None:
-        if error is not None:
-            raise error
-
-    def gather(self, row: np.ndarray) -> np.ndarray:
-        return row[None].copy()
-
-    def node_broadcast(self, value: Any) -> Any:
-        return value
-
-    def shared_arrays(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(arrays)
-
-    def allgatherv(self, payloads: list[np.ndarray], counts: list[int]) -> list[np.ndarray]:
-        assert counts == [len(payloads)]
-        return list(payloads)
-
-    def move(self, transfers: list[tuple[int, int, int]], outgoing: Any) -> dict[int, np.ndarray]:
-        assert all(source == destination == 0 for _, source, destination in transfers)
-        return {}
 
 
 def settings(**values: Any) -> Config:
@@ -128,7 +97,7 @@ def test_the_engine_equals_a_plain_loop(method: str, proximal: float) -> None:
         assert (record["sparsity"], record["mask_updated"], record["upload_bytes"]) == (
             0,
             0,
-            record["dense_bytes"] + 3 * 48,
+            record["dense_bytes"] + 3 * 56,
         )
     assert state.held == {}
     distance = max(float((a - b).abs().max()) for a, b in zip(expected[0].values(), expected[-1].values(), strict=True))
@@ -147,7 +116,7 @@ def pruning(**values: Any) -> Config:
     upload = {"values": "int8", "regrow": 0.3, **values.pop("upload", {})}
     return settings(
         method="feddip",
-        rounds=4,
+        rounds=values.pop("rounds", 4),
         mask={"every": 2, "freeze_after": 1.0, "initial": "erk"},
         sparsity={"initial": 0.4, "final": 0.8},
         upload=upload,
@@ -190,6 +159,59 @@ def test_what_a_residual_policy_keeps_is_held_and_used() -> None:
     assert held["drop"] == {}
     assert len(held["keep"]) == len(held["in_mask_only"]) == 5
     assert len(set(weights.values())) == 3
+
+
+def finish(comm: Alone, **values: Any) -> tuple[rounds.State, list[dict], Federation]:
+    built = federation.build(pruning(**values), comm, torch.device("cpu"))
+    return *play_all(built), built
+
+
+def test_every_exchange_gives_the_same_bits_and_counts_the_same_uploads() -> None:
+    results, modes = set(), ("allgatherv", "sharded", "node", "dense")
+    for mode, overlap in [("allgatherv", False), *((mode, True) for mode in modes)]:
+        comm = Alone(background=True)
+        state, records, _ = finish(comm, exchange=mode, overlap=overlap, rounds=2, upload={"values": "int4"})
+        used = {"allgatherv": "allgatherv", "sharded": "alltoallv", "node": "node_allgatherv", "dense": "allreduce"}
+        assert set(comm.calls) == {used[mode]}
+        held = b"".join(state.held[client].values.numpy().tobytes() for client in sorted(state.held))
+        uploads = [record["upload_bytes"] for record in records]
+        results.add((state.server.weights.numpy().tobytes(), held, str(uploads)))
+    assert len(results) == 1
+
+
+def test_a_sum_that_is_rounded_off_is_owed_until_the_mask_changes() -> None:
+    exact, rounded = {}, {}
+    for download, states in (("fp32", exact), ("int8", rounded)):
+        built = federation.build(
+            pruning(exchange="sharded", download={"values": download}), Alone(), torch.device("cpu")
+        )
+        state = rounds.initial_state(built)
+        for t in range(2):
+            record = rounds.play(built, state, plan_round(built.config, t))
+            states[t] = state.server, state.owed
+            assert (state.owed is None) == (download == "fp32" or bool(record["mask_updated"]))
+            if download == "int8":
+                assert record["download_frame_bytes"] > 0
+                if not record["mask_updated"]:
+                    assert record["download_values_bytes"] < record["upload_values_bytes"]
+    # After the first round nothing else has gone apart yet: what is missing in the weights is what is owed.
+    (server, none), (other, owed) = exact[0], rounded[0]
+    assert none is None and bool(owed.any())
+    kept = server.weights[: built.layout.prunable][server.mask]
+    assert torch.allclose(kept, other.weights[: built.layout.prunable][other.mask] + owed, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("mode", "exchange"), [("masked", "allgatherv"), ("masked", "dense"), ("dense_at_mask_updates", "sharded")]
+)
+def test_the_server_keeps_the_sum_of_all_references(mode: str, exchange: str) -> None:
+    state, _, built = finish(Alone(), exchange=exchange, upload={"residual": "ef21", "mode": mode, "values": "int4"})
+    total = sum(built.samples)
+    expected = torch.zeros(built.layout.prunable, dtype=torch.float64)
+    for client, residual in state.held.items():
+        expected += built.samples[client] / total * residual.values.double()
+    assert len(state.held) > 3 and bool(expected.any())
+    assert torch.allclose(state.reference.double(), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("initial", ["erk", "uniform", "magnitude", "snip", "none"])

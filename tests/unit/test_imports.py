@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "feddip_mpi"
-PURE = ("masks", "indices", "schedules", "codec", "residuals", "server", "placement", "streams", "vector")
+PURE = (
+    "masks", "indices", "values", "entropy", "support", "codec", "aggregate", "residuals", "server", "schedules", "placement",
+    "streams", "vector",
+)  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -84,6 +84,22 @@ def test_every_field_says_what_it_is() -> None:
             assert field.depends_on == "clock"
 
 
+def test_a_name_that_was_added_since_was_not_measured() -> None:
+    table = metrics.columns([record(1), record(2)])
+    for name in ("download_values_bytes", "transfer_seconds"):
+        del table[name]
+    for got, whole in zip(metrics.records(table, LAYERS), [record(1), record(2)], strict=True):
+        assert list(got) == list(FIELDS)
+        assert got == {**whole, "download_values_bytes": None, "transfer_seconds": None}
+
+
+def test_bytes_of_the_exchange_depend_on_the_ranks_and_its_seconds_on_the_clock() -> None:
+    kinds = ("values", "indices", "other", "frame")
+    assert all(FIELDS[f"upload_{kind}_bytes"].depends_on == "config" for kind in kinds)
+    assert all(FIELDS[f"download_{kind}_bytes"].depends_on == "ranks" for kind in kinds)
+    assert FIELDS["transfer_seconds"].depends_on == FIELDS["exchange_seconds"].depends_on == "clock"
+
+
 def test_a_line_is_json_even_for_numbers_that_json_lacks() -> None:
     odd = {"a": math.nan, "b": [1.5, math.inf, None], "c": {"x": -math.inf, "y": 2}, "d": 3, "e": "text"}
 

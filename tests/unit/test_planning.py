@@ -2,7 +2,7 @@
 
 import pytest
 
-from feddip_mpi import config, masks
+from feddip_mpi import codec, config, masks
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import planning
 
@@ -23,12 +23,40 @@ def test_rows_by_hand() -> None:
     kept = [masks.kept_count(prunable, s) for s in (0.5, *asked)]
     assert [row["kept"] for row in rows] == [kept[(t + 1) // 3] for t in range(12)]
     # A round is sent with the mask that it began with; the frame has a fixed length.
-    frame = rows[0]["upload_bytes"] // 2 - 4 * (kept[0] + other)
-    assert 0 < frame < 100
-    assert [row["upload_bytes"] for row in rows] == [2 * (frame + 4 * (kept[t // 3] + other)) for t in range(12)]
+    assert [row["upload_bytes"] for row in rows] == [2 * (56 + 4 * (kept[t // 3] + other)) for t in range(12)]
     assert rows[-1]["total_bytes"] == sum(row["upload_bytes"] for row in rows)
     assert {row["dense_bytes"] for row in rows} == {2 * 4 * (prunable + other)}
     assert rows[-1]["sparsity"] == pytest.approx(0.9, abs=1e-5)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+def test_rounds_that_regrow(values: str) -> None:
+    _, prunable, other, rows = plan(
+        "upload.regrow=0.1", f"upload.values={values}", "mask.initial=erk", "upload.regrow_schedule=constant",
+    )  # fmt: skip
+    kept = [masks.kept_count(prunable, 0.5), *(row["kept"] for row in rows)]
+    for t, row in enumerate(rows):
+        regrow = round(0.1 * kept[t]) if (t + 1) % 3 == 0 else 0
+        assert row["regrow"] == regrow
+        expected = codec.expected_bytes(codec.Upload(values, regrow=regrow), kept[t], prunable, prunable + other)
+        assert row["upload_bytes"] == round(2 * expected)
+        a_value = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 256, "int4": 0.5 + 2 / 64}[values]
+        counted = 56 * (1 + (regrow > 0)) + a_value * (kept[t] + regrow) + 4 * other
+        assert 2 * counted - 8 <= row["upload_bytes"] <= 2 * (counted + regrow) + 16  # at most a byte an index
+
+
+def test_regrow_never_asks_for_more_than_is_pruned() -> None:
+    _, prunable, _, rows = plan("upload.regrow=1000", "mask.initial=erk", "upload.regrow_rounds=all")
+    kept = [masks.kept_count(prunable, 0.5), *(row["kept"] for row in rows)]
+    assert rows[2]["regrow"] == prunable - kept[2]
+
+
+@pytest.mark.parametrize("mode", ["dense", "dense_at_mask_updates"])
+def test_dense_uploads_have_no_indices(mode: str) -> None:
+    _, prunable, other, rows = plan(f"upload.mode={mode}", "mask.initial=erk")
+    dense = [row["upload_bytes"] == 2 * (56 + 4 * (prunable + other)) for row in rows]
+    assert dense == [mode == "dense" or row["mask_update"] for row in rows]
+    assert not any(row["regrow"] for row in rows)
 
 
 def test_dense_until_the_first_update() -> None:

@@ -192,6 +192,13 @@ def test_dense_uploads(mode: str, expected: list[bool]) -> None:
     assert [plan_round(settings_, t).dense_upload for t in range(5)] == expected
 
 
+@pytest.mark.parametrize("mode", ["allgatherv", "sharded", "node", "dense", "auto"])
+def test_a_plan_says_how_updates_travel(mode: str) -> None:
+    plan = plan_round(config(rounds=5, exchange=mode), 2)
+    assert plan.exchange == mode and plan.to_json()["exchange"] == mode
+    assert RoundPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
 def test_when_a_round_is_evaluated_and_saved() -> None:
     settings_ = config(rounds=7, eval={"every": 3}, checkpoint={"every": 2})
     plans = [plan_round(settings_, t) for t in range(7)]

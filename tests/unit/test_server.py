@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feddip_mpi import codec, masks, server
+from feddip_mpi.aggregate import Aggregate, Sum
 from feddip_mpi.codec import Upload
 from feddip_mpi.schedules import RoundPlan
 from feddip_mpi.server import Server
+from feddip_mpi.support import Support
 
 MEMORIES = ("on", "off", "published")
 WEIGHT = st.one_of(st.floats(-10, 10, width=32), st.sampled_from([0.0, 0.0, -0.0, 1.0, -1.0]))
@@ -27,12 +29,26 @@ def random_server(seed: int, size: int = 200, tail: int = 7, sparsity: float = 0
     generator = np.random.default_rng(seed)
     weights = torch.from_numpy(generator.standard_normal(size + tail).astype(np.float32))
     mask = masks.select_largest(weights[:size].abs(), masks.kept_count(size, sparsity))
-    return Server(0, server.pruned(weights, mask), mask)
+    return Server.of(0, server.pruned(weights, mask), mask)
 
 
 def updates(seed: int, count: int, size: int) -> list[torch.Tensor]:
     generator = np.random.default_rng(seed)
     return [torch.from_numpy(generator.standard_normal(size).astype(np.float32)) for _ in range(count)]
+
+
+def whole(vector: torch.Tensor, size: int) -> Aggregate:
+    """A sum [n] in which every one of `size` prunable weights was sent."""
+    none = torch.zeros(0, dtype=torch.int64)
+    everything = Support.of(torch.ones(size, dtype=torch.bool))
+    return Aggregate(everything, vector[:size].clone(), none, vector[:0], vector[size:].clone())
+
+
+def sparse(vector: torch.Tensor, mask: torch.Tensor) -> Aggregate:
+    """The same sum [n] as the values of a mask and others with indices."""
+    support, rest = Support.of(mask), vector[: mask.numel()].masked_fill(mask, 0.0)
+    indices = rest.nonzero().squeeze(1)
+    return Aggregate(support, support.take(vector), indices, rest[indices], vector[mask.numel() :].clone())
 
 
 def test_pruned_writes_positive_zeros_and_copies() -> None:
@@ -43,26 +59,13 @@ def test_pruned_writes_positive_zeros_and_copies() -> None:
     assert weights.tolist() == [-1, 0, 2, -3, 0]
 
 
-def test_aggregate_is_the_float32_sum_in_the_order_given() -> None:
-    generator = np.random.default_rng(0)
-    # Magnitudes far apart: any other order, or a float64 sum, ends in other bits. Powers of two as weights keep
-    # each product exact, so that a fused multiply-add is no difference.
-    parts = [(2.0 ** -int(generator.integers(0, 4)), generator.standard_normal(500) * 10.0 ** generator.integers(-4, 5, 500))
-             for _ in range(9)]  # fmt: skip
-    parts = [(weight, values.astype(np.float32)) for weight, values in parts]
-    expected = np.zeros(500, np.float32)
-    for weight, values in parts:
-        expected += np.float32(weight) * values
-    tensors = [(weight, torch.from_numpy(values)) for weight, values in parts]
-    assert bits(server.aggregate(iter(tensors), torch.ones(500))) == expected.tobytes()
-    assert bits(server.aggregate(reversed(tensors), torch.ones(500))) != expected.tobytes()
-
-
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("update_mask", [False, True])
-def test_step_by_its_formula(memory: str, update_mask: bool) -> None:
+@pytest.mark.parametrize("form", ["whole", "sparse"])
+def test_step_by_its_formula(memory: str, update_mask: bool, form: str) -> None:
     before, combined = random_server(1), updates(2, 1, 207)[0]
-    after, report = server.step(before, combined, plan(4, 0.8, update_mask), memory)
+    given = whole(combined, 200) if form == "whole" else sparse(combined, before.mask)
+    after, report = server.step(before, given, plan(4, 0.8, update_mask), memory)
     value = (before.weights + combined).numpy().copy()
     old = before.mask.numpy()
     if memory == "published":
@@ -83,31 +86,43 @@ def test_step_by_its_formula(memory: str, update_mask: bool) -> None:
 
 def test_step_leaves_its_arguments_alone() -> None:
     before, combined = random_server(1), updates(2, 1, 207)[0]
-    weights, mask, added = before.weights.clone(), before.mask.clone(), combined.clone()
+    weights, mask = before.weights.clone(), before.mask.clone()
     for memory in MEMORIES:
-        server.step(before, combined, plan(), memory)
-    assert torch.equal(before.weights, weights) and torch.equal(before.mask, mask) and torch.equal(combined, added)
+        for aggregate in (whole(combined, 200), sparse(combined, mask)):
+            copies = {name: value.clone() for name, value in vars(aggregate).items() if name != "support"}
+            after, _ = server.step(before, aggregate, plan(), memory)
+            after.weights.fill_(7.0)
+            assert torch.equal(before.weights, weights) and torch.equal(before.mask, mask)
+            assert all(torch.equal(getattr(aggregate, name), copy) for name, copy in copies.items())
+
+
+def test_a_mask_that_is_not_renewed_is_not_derived_anew() -> None:
+    before, combined = random_server(1), whole(updates(2, 1, 207)[0], 200)
+    assert server.step(before, combined, plan(update_mask=False), "on")[0].support is before.support
+    after, _ = server.step(before, combined, plan(update_mask=True), "on")
+    assert after.support.digest == masks.digest(after.mask) != before.support.digest
+    assert after.support.positions.tolist() == after.mask.nonzero().squeeze(1).tolist()
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.333, 0.5, 0.9, 0.999])
 def test_mask_is_exact_to_one_weight(memory: str, sparsity: float) -> None:
-    dense = Server(0, updates(3, 1, 207)[0], torch.ones(200, dtype=torch.bool))
-    after, _ = server.step(dense, updates(4, 1, 207)[0], plan(sparsity=sparsity), memory)
+    dense = Server.of(0, updates(3, 1, 207)[0], torch.ones(200, dtype=torch.bool))
+    after, _ = server.step(dense, whole(updates(4, 1, 207)[0], 200), plan(sparsity=sparsity), memory)
     assert int(after.mask.sum()) == 200 - round(200 * sparsity)
 
 
 def test_a_model_of_zeros_has_no_pruning_error() -> None:
-    nothing = Server(0, torch.zeros(4), torch.ones(4, dtype=torch.bool))
-    after, report = server.step(nothing, torch.zeros(4), plan(), "on")
+    nothing = Server.of(0, torch.zeros(4), torch.ones(4, dtype=torch.bool))
+    after, report = server.step(nothing, whole(torch.zeros(4), 4), plan(), "on")
     assert after.mask.tolist() == [True, True, False, False]
     assert report.pruning_error == 0
 
 
 def test_a_pruned_weight_comes_back_with_memory_on() -> None:
     """Off-mask mass adds up over rounds: no single update of 0.4 would beat the kept 1.0."""
-    before = Server(0, torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
-    push = torch.tensor([0.0, 0.4])
+    before = Server.of(0, torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+    push = whole(torch.tensor([0.0, 0.4]), 2)
     seen = {}
     for memory in MEMORIES:
         state = before
@@ -120,8 +135,8 @@ def test_a_pruned_weight_comes_back_with_memory_on() -> None:
 
 
 def test_a_pruned_weight_comes_back_with_memory_off_when_one_update_is_large_enough() -> None:
-    before = Server(0, torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
-    push = torch.tensor([0.0, 1.5])
+    before = Server.of(0, torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+    push = whole(torch.tensor([0.0, 1.5]), 2)
     assert server.step(before, push, plan(), "off")[0].mask.tolist() == [False, True]
     assert server.step(before, push, plan(), "published")[0].mask.tolist() == [True, False]
 
@@ -132,9 +147,9 @@ def test_published_masks_nest(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 12))
     vectors = st.lists(WEIGHT, min_size=size, max_size=size).map(lambda v: torch.tensor(v, dtype=torch.float32))
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-    state = Server(0, server.pruned(data.draw(vectors), mask), mask)
+    state = Server.of(0, server.pruned(data.draw(vectors), mask), mask)
     for t, sparsity in enumerate(data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=4))):
-        after, report = server.step(state, data.draw(vectors), plan(t, sparsity), "published")
+        after, report = server.step(state, whole(data.draw(vectors), size), plan(t, sparsity), "published")
         assert not (after.mask & ~state.mask).any()
         assert report.grown == 0
         assert not after.weights[~after.mask].any()
@@ -148,22 +163,24 @@ def test_a_mask_never_grows_in_size(data: st.DataObject, memory: str) -> None:
     vectors = st.lists(WEIGHT, min_size=size, max_size=size).map(lambda v: torch.tensor(v, dtype=torch.float32))
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     asked = data.draw(st.floats(0, 1))
-    after, _ = server.step(
-        Server(0, server.pruned(data.draw(vectors), mask), mask), data.draw(vectors), plan(0, asked), memory
-    )
+    state = Server.of(0, server.pruned(data.draw(vectors), mask), mask)
+    after, _ = server.step(state, whole(data.draw(vectors), size), plan(0, asked), memory)
     assert int(after.mask.sum()) == min(int(mask.sum()), size - round(asked * size))
 
 
 def play(state: Server, values: str, dense: bool, t: int) -> tuple[Server, torch.Tensor, int]:
     """One round of three clients without a mask update: the new server, the sum of updates, bytes sent."""
-    decoded, sent = [], 0
+    support, sent = state.support, 0
+    total = Sum(support.whole() if dense else support, 207, 0, 207)
     for share, client in [(0.25, 3), (0.3, 5), (0.45, 9)]:
         update = updates(100 * t + client, 1, 207)[0]
-        payload, _ = codec.encode(update, state.mask, Upload(values, dense=dense), t, client, np.random.default_rng(0))
-        decoded.append((share, codec.decode(payload, state.mask, 207, t).update))
-        sent += payload.size
-    combined = server.aggregate(decoded, state.weights)
-    return server.step(state, combined, plan(t, update_mask=False), "off")[0], combined, sent
+        upload, rng = Upload(values, dense=dense), np.random.default_rng(0)
+        for message in codec.encode(update, support, upload, t, client, rng):
+            total.add(share, codec.read(message.frame(), support, 207, t))
+            sent += message.frame().size
+    combined = torch.zeros(207)
+    total.result().add_to(combined)
+    return server.step(state, total.result(), plan(t, update_mask=False), "off")[0], combined, sent
 
 
 @pytest.mark.parametrize("values", ["fp32", "fp16", "bf16"])
