@@ -9,6 +9,7 @@ from typing import Any
 import launch
 import numpy as np
 import pytest
+
 import runs
 
 pytestmark = pytest.mark.mpi
