@@ -10,8 +10,8 @@ of ranks, because each decodes the same values and adds them up in client order:
 - dense: each rank adds up its own clients, then a plain float32 Allreduce. The yardstick; its bits depend on the
   number of ranks.
 
-With `overlap` each message travels while the next is made: in-mask values while the off-mask ones are searched, one
-client's payload while the next client trains.
+With `overlap` each message but the last travels while the next is made: in-mask values while the off-mask ones are
+searched, one client's payload while the next client trains.
 """
 
 from __future__ import annotations
@@ -129,6 +129,8 @@ class Exchange:
         self.received = Bytes()
         self._waiting: list[list[np.ndarray]] = []
         self._sent: list[Future[list[np.ndarray]]] = []
+        # The last wave has nothing left to hide behind: it goes without the thread, by the faster blocking call.
+        self._hidden = len(self._waves) - 1
 
     def post(self, message: Message) -> Bytes:
         """Send a message of the next of this rank's clients; returns the bytes of its frame, uncut, by kind."""
@@ -148,7 +150,7 @@ class Exchange:
         while len(self._waiting) < own:
             self._hand_over([np.zeros(0, np.uint8)] * (len(self._bounds) - 1))
         if self._overlap:
-            for counts in self._waves[len(self._sent) :]:
+            for counts in self._waves[len(self._sent) : self._hidden]:
                 self._sent.append(self._comm.post(functools.partial(self._transfer, [], counts)))
 
     def finish(self) -> Outcome:
@@ -207,7 +209,7 @@ class Exchange:
 
     def _hand_over(self, frames: list[np.ndarray]) -> None:
         self._waiting.append(frames)
-        if not self._overlap:
+        if not self._overlap or len(self._sent) == self._hidden:
             return
         # Ranks with fewer clients take part in the later waves with nothing; see close.
         counts = self._waves[len(self._sent)]
@@ -229,9 +231,12 @@ class Exchange:
         kinds = len(self._task.upload.kinds)
         frames: dict[int, list[np.ndarray]] = {client: [] for client in self._task.placed}
         if self._overlap:
-            for wave, sent in enumerate(self._sent):
+            arrived = [sent.result() for sent in self._sent]
+            mine = self._waves[-1][self._comm.rank]
+            arrived.append(self._transfer(self._waiting[len(self._waiting) - mine :], self._waves[-1]))
+            for wave, payloads in enumerate(arrived):
                 senders = [own[wave // kinds] for own in self._clients if len(own) > wave // kinds]
-                for client, frame in zip(senders, sent.result(), strict=True):
+                for client, frame in zip(senders, payloads, strict=True):
                     frames[client].append(frame)
             return frames
         gathered = iter(self._transfer(self._waiting, [kinds * len(own) for own in self._clients]))
