@@ -24,7 +24,7 @@ from unittest import mock
 
 from mpi4py import MPI
 
-from feddip_mpi import cli, collectives, rounds
+from feddip_mpi import cli, rounds, runtime
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.server import Server
 
@@ -83,8 +83,7 @@ def main() -> None:
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
             if "ranks_per_node" in step:
-                handle = Communicator(MPI.COMM_WORLD, ranks_per_node=step["ranks_per_node"])
-                stack.enter_context(mock.patch.object(collectives, "world", lambda handle=handle: handle))
+                stack.enter_context(mock.patch.object(runtime, "ranks_per_node", return_value=step["ranks_per_node"]))
             ended.append(execute(step["argv"]))
         # A rank that ended early must not begin the next step, where others could take its messages for theirs.
         MPI.COMM_WORLD.Barrier()
