@@ -32,6 +32,16 @@ set_up_iproute2() {
     apt_install iproute2 || say "iproute2 cannot be had here: tests that make hosts are skipped"
 }
 
+# Tests of the batch scripts run a Slurm of their own, as root: its daemons, munge, and the PMIx that srun loads.
+set_up_slurm() {
+    local packages=(slurmctld slurmd slurm-client munge libpmix-dev)
+    if [[ $(id -u) != 0 ]] || dpkg -s "${packages[@]}" >/dev/null 2>&1; then
+        return
+    fi
+    say "installing Slurm for the tests"
+    apt_install "${packages[@]}" || say "Slurm cannot be had here: tests of the batch scripts are skipped"
+}
+
 # The tests want the files themselves, not a training command that fetches them.
 if ((${#DATA_OPTIONS[@]})); then
     python -c 'from feddip_mpi import config, data; data.load(config.DataConfig(download=True), 1)' ||
@@ -40,6 +50,7 @@ fi
 set_up_mpich
 [[ -n ${FEDDIP_MPICH:-} ]] || say "MPICH cannot be had here: tests that need it are skipped"
 set_up_iproute2
+set_up_slurm
 # Tests start more ranks than there are cores, with their own command lines.
 export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}

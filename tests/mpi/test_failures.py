@@ -9,7 +9,6 @@ from typing import Any
 import launch
 import numpy as np
 import pytest
-
 import runs
 
 pytestmark = pytest.mark.mpi

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import launch
 import pytest
-
 import runs
+
 from feddip_mpi import run_folder
 
 pytestmark = pytest.mark.mpi

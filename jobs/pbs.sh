@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# PBS (OpenPBS, PBS Professional). NOT RUN on a PBS: there was none at hand. What it shares with the Slurm scripts
+# (jobs/lib.sh: resume, forwarded signals, the verdict) is what those are tested with; the #PBS lines and qsub are not.
+#
+#   qsub jobs/pbs.sh
+#   RUN=runs/other qsub -V -l select=4:ncpus=16:mpiprocs=16 jobs/pbs.sh
+#
+# PBS sends no signal ahead of the limit, so this script has a clock of its own, and submits itself again after a stop
+# that was saved. TERM (qdel, or the limit) leaves as long as the server's kill_delay.
+#
+#PBS -N feddip
+#PBS -l select=2:ncpus=4:mpiprocs=4
+#PBS -l walltime=04:00:00
+#PBS -j oe
+#PBS -r y
+
+# ---- settings: edit them here, or set them in the environment of qsub -V ----
+CONFIG=${CONFIG:-configs/cifar10-alexnet.yaml}
+RUN=${RUN:-runs/pbs}
+WALL_SECONDS=${WALL_SECONDS:-14400}  # of the walltime above
+GRACE_SECONDS=${GRACE_SECONDS:-180}  # before its end: save and stop; longer than a round
+MOST_JOBS=${MOST_JOBS:-50}           # submits itself again at most so many times
+MPIRUN=${MPIRUN:-mpirun}             # or mpiexec; one that knows PBS takes hosts and ranks from the job
+MODULES=${MODULES:-}                 # e.g. "gcc openmpi"
+VENV=${FEDDIP_VENV:-}                # virtual environment on a file system that all nodes share; empty: python on PATH
+THREADS=${THREADS:-1}
+LAUNCH_OPTIONS=()                    # where mpirun does not know PBS: (--hostfile "$PBS_NODEFILE")
+# ---- end of the settings ----
+
+LAUNCHER=mpirun
+REQUEUE=0
+FORWARD_TERM=1 # only this script gets PBS's TERM, not the ranks on other nodes
+CHAIN_LINK=${CHAIN_LINK:-1}
+cd "${PBS_O_WORKDIR:-.}" || exit 2
+# shellcheck source=jobs/lib.sh
+source jobs/lib.sh || exit 2
+
+# Sends USR1 to this script in good time.
+clock() {
+    sleep "$((WALL_SECONDS - GRACE_SECONDS))" &
+    trap 'kill $!; exit' TERM
+    wait $! && kill -USR1 $$
+}
+clock &
+clock=$!
+prepare_environment
+run_job "$@"
+outcome=$?
+kill "$clock" 2>/dev/null
+if ((outcome == 75 && CHAIN_LINK < MOST_JOBS)) && [[ $STOP == USR1 ]]; then
+    export CHAIN_PREVIOUS=$PBS_JOBID CHAIN_LINK=$((CHAIN_LINK + 1)) CONFIG RUN WALL_SECONDS GRACE_SECONDS MOST_JOBS MPIRUN MODULES FEDDIP_VENV=$VENV
+    if next=$(qsub -V -W "depend=afterany:$PBS_JOBID" jobs/pbs.sh); then
+        say "job $CHAIN_LINK goes on: $next"
+    else
+        say "cannot submit itself again: qsub jobs/pbs.sh goes on" >&2
+    fi
+fi
+exit "$outcome"

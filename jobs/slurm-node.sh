@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# One node, a few ranks. Submit it from the top of the repository; submitted again, it goes on from the last checkpoint.
+#
+#   sbatch jobs/slurm-node.sh
+#   sbatch --time=30 jobs/slurm-node.sh --set seed=2      options of `train` follow the script, for a new run
+#   RUN=runs/other LAUNCHER=srun sbatch jobs/slurm-node.sh
+#
+#SBATCH --job-name=feddip
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=1
+#SBATCH --time=60
+# B: sends USR1 to this script, 120 s before the limit (up to 60 s earlier than that). Make it longer than a round.
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+# ---- settings: edit them here, or set them in the environment of sbatch ----
+CONFIG=${CONFIG:-configs/quickstart.yaml}
+RUN=${RUN:-runs/node}
+LAUNCHER=${LAUNCHER:-mpirun} # or srun
+PMI=${PMI:-pmix}             # for srun: pmix (Open MPI), pmi2 (MPICH), or what docs/clusters.md says
+MODULES=${MODULES:-}         # e.g. "gcc openmpi"
+VENV=${FEDDIP_VENV:-}        # virtual environment; empty: the python on PATH
+THREADS=${THREADS:-1}
+REQUEUE=${REQUEUE:-1}
+LAUNCH_OPTIONS=()            # more options of the launcher, e.g. (--bind-to core) or (--cpu-bind=cores)
+# ---- end of the settings ----
+
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+# shellcheck source=jobs/lib.sh
+source jobs/lib.sh || exit 2
+prepare_environment
+run_job "$@"
+exit
