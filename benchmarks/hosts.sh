@@ -2,7 +2,7 @@
 # Several "hosts" with slow links on one Linux machine, and commands that run over them.
 #
 #   bash benchmarks/hosts.sh up 4 1gbit          makes 4 hosts; each link carries 1 Gbit/s in each direction
-#   bash benchmarks/hosts.sh run 4 python -m mpi4py -m feddip_mpi train CONFIG --out DIR
+#   bash benchmarks/hosts.sh run 4 python -m feddip_mpi train CONFIG --out DIR
 #   bash benchmarks/hosts.sh run 4x2 --mca coll_tuned_allgatherv_algorithm neighbor -- python program.py
 #   bash benchmarks/hosts.sh bytes               a line a host: its name, bytes received, bytes sent
 #   bash benchmarks/hosts.sh rate 100mbit        another rate for all links; "none": no limit

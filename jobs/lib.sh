@@ -179,8 +179,8 @@ run_job() {
     say "restarts: ${SLURM_RESTART_COUNT:-0}; nodes: ${SLURM_JOB_NODELIST:-$(hostname)}; newest checkpoint: $NEWEST"
     say "${COMMAND[*]} feddip-mpi ${what[*]}"
     [[ -e $RUN/run.log ]] && LOG_BYTES=$(wc -c <"$RUN/run.log")
-    # With `-m mpi4py` an exception on one rank ends all of them instead of leaving the others waiting.
-    wait_for "${COMMAND[@]}" python -m mpi4py -m feddip_mpi "${what[@]}"
+    # The program ends all ranks itself when one fails; `-m mpi4py` would call a saved stop (exit code 75) a failure too.
+    wait_for "${COMMAND[@]}" python -m feddip_mpi "${what[@]}"
     after=$(newest_checkpoint)
     if [[ -e $RUN/finished.json ]]; then
         say "finished: $RUN (newest checkpoint: $after)"
