@@ -128,7 +128,10 @@ ValueType = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 class UploadConfig(_Section):
     """What a client sends, and what it remembers of the rest."""
 
-    values: ValueType = Field("fp32", description="how a value travels; int8 and int4 carry one scale per block")
+    values: ValueType = Field(
+        "int4",
+        description="how a value travels; int8 and int4 carry one scale per block, and residuals pay back what they round off",
+    )
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="rounding of values that are quantised")
     mode: Literal["masked", "dense_at_mask_updates", "dense"] = Field(
         "masked", description="which prunable coordinates travel: those in the mask (plus regrow), or all"

@@ -46,13 +46,13 @@ def recall(update: Tensor, residual: Residual | None, policy: UploadConfig, supp
 
 
 def remember(
-    left: Tensor, sent: Tensor, old: Residual | None, policy: UploadConfig, support: Support, round: int
+    left: Tensor, sent: Tensor | None, old: Residual | None, policy: UploadConfig, support: Support, round: int
 ) -> Residual | None:
     """What the client keeps; None if nothing.
 
     Args:
         left: float32 [P], the part of update + old residual that did not travel. Not to be changed any more.
-        sent: float32 [support.count], what the decoder returns for the support's coordinates.
+        sent: float32 [support.count], what the decoder returns for the support's coordinates; asked by `ef21` only.
         old: what it kept so far.
         policy, round: as in `recall`.
         support: of the coordinates that travelled without indices.
@@ -64,6 +64,7 @@ def remember(
         kept = torch.zeros_like(left)
         support.put(kept, support.take(left))
     elif policy.residual == "ef21":
+        assert sent is not None
         kept = torch.zeros_like(left) if old is None else old.values.to(left.device, copy=True)
         support.add(kept, sent)
     return Residual(kept.cpu(), round) if _any(kept) else None
@@ -74,4 +75,4 @@ def _any(values: Tensor) -> bool:
     if not values.numel() or bool(values[:4096].any()):
         return bool(values.numel())
     low, high = torch.aminmax(values)
-    return bool(low < 0) or bool(high > 0)
+    return not (bool(low == 0) and bool(high == 0))  # what is not a number is something too

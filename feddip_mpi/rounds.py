@@ -157,7 +157,11 @@ class Choice:
         federation, upload = self._federation, upload_rule(self._federation.config, plan, support)
         counts = support.count, support.size, federation.layout.size
         payload = codec.expected_bytes(upload, *counts)
-        download = codec.expected_bytes(replace(upload, values="fp32"), *counts)
+        # The sum has the off-mask coordinates of all participants; that they all name others is the worst case.
+        union = upload.regrow * len(plan.participants)
+        download = codec.expected_bytes(
+            replace(upload, values=federation.config.download.values, regrow=union), *counts
+        )
         chosen, why = costs.choose(self._network, len(plan.participants), payload, download)
         if chosen != self._last:
             log.info("exchange from round %d: %s (%s)", plan.round + 1, chosen, why)
@@ -276,6 +280,8 @@ def _train_and_send(
             sent = encode_and_send(exchange, task, config.upload, config.seed, state.held, client, result.update)
         residual = state.held.get(client)
         squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
+        if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
+            raise NumericalError(_diverged(plan, client, comm.rank, f"residual norm {squared**0.5}"))
         work.numbers[slot] = (result.loss, result.samples, squared, *(getattr(sent, kind) for kind in _BYTES))
 
 
@@ -299,10 +305,10 @@ def encode_and_send(
     old = held.pop(client, None)
     residuals.recall(update, old, policy, task.carried, task.round)
     generator = streams.stream(seed, "rounding", task.round, client)
-    counted, decoded = Bytes(), update[:0]
+    counted, decoded = Bytes(), None
     for message in codec.encode(update, task.support, task.upload, task.round, client, generator):
         counted += exchange.post(message)
-        if message.kind == SUPPORT:
+        if message.kind == SUPPORT and policy.residual == "ef21":
             decoded = message.coded.restored()
     left = update[: task.support.size]
     kept = residuals.remember(left, decoded, old, policy, task.carried, task.round)
@@ -315,8 +321,12 @@ def _require_finite(loss: float, update: Tensor, plan: RoundPlan, client: int, r
     # Smallest and largest are NaN if anything is: one pass, and no vector of answers.
     if np.isfinite(loss) and all(bool(torch.isfinite(end)) for end in torch.aminmax(update)):
         return
-    raise NumericalError(
-        f"client {client} (rank {rank}) diverged in round {plan.round + 1}: loss {loss}, learning rate "
+    raise NumericalError(_diverged(plan, client, rank, f"loss {loss}"))
+
+
+def _diverged(plan: RoundPlan, client: int, rank: int, what: str) -> str:
+    return (
+        f"client {client} (rank {rank}) diverged in round {plan.round + 1}: {what}, learning rate "
         f"{plan.learning_rate:g}; checkpoints are untouched. Start a new run with a lower learning_rate"
     )
 

@@ -6,7 +6,10 @@ from feddip_mpi import codec, config, masks
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import planning
 
-BASE = "{rounds: 12, clients: 4, participants: 2, mask: {every: 3, freeze_after: 1.0}, data: {name: synthetic}}"
+BASE = (
+    "{rounds: 12, clients: 4, participants: 2, mask: {every: 3, freeze_after: 1.0}, data: {name: synthetic}, "
+    "upload: {values: fp32}}"
+)
 
 
 def plan(*overrides: str) -> tuple[config.Config, int, int, list[planning.Row]]:
