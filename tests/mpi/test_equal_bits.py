@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one client": {**NORMALISED, "participants": 1, "upload__values": "bf16", "feedback": False},
     "quantity": {"data__partition": "quantity", "upload__mode": "dense_at_mask_updates", "upload__values": "int8"},
     "fedavg": {"method": "fedavg", "upload__values": "fp16"},
-    "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological"},
+    "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological", "upload__values": "fp32"},
 }  # fmt: skip
 LAYOUTS = {"1": (1, "default"), "2": (2, "default"), "4": (4, "default"), "mpich": (2, "mpich")}
 

@@ -32,6 +32,7 @@ def settings(**values: Any) -> Config:
     return config.validate({
         "rounds": 3, "clients": 5, "participants": 3, "local_epochs": 2, "batch_size": 16, "learning_rate": 0.05,
         "learning_rate_decay": 0.5, "weight_decay": 0.01, "method": "fedavg", "model": {"name": f"{__name__}:Net"},
+        "upload": {"values": "fp32"},
         "data": {
             "name": "synthetic", "partition": "quantity", "alpha": 2.0,
             "synthetic": {"shape": [2, 6, 6], "classes": 3, "train_samples": 203, "test_samples": 60},
