@@ -246,6 +246,18 @@ class Config(_Section):
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    stop_grace: float = Field(
+        60,
+        ge=0,
+        le=1e6,
+        description="seconds that a signal leaves a round to finish; then it is abandoned, and played again by resume",
+    )
+    watchdog: float | None = Field(
+        3600,
+        gt=0,
+        le=1e7,
+        description="seconds without progress of a rank (a client trained, a phase ended) that end the job; none: never",
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
@@ -255,8 +267,7 @@ class Config(_Section):
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
-    "checkpoint.every", "checkpoint.keep",
-    "checkpoint.best", "checkpoint.minutes", "device",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "device", "stop_grace", "watchdog",
 )  # fmt: skip
 
 

@@ -40,3 +40,7 @@ class Stopped(FeddipError):
     """A signal asked the run to stop; the state was saved and `resume` continues it (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class Abandoned(Stopped):
+    """A signal ended a round before its end: its work is dropped, the state is that before it, and nothing is lost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from feddip_mpi import generators
 from feddip_mpi.data import augment
+from feddip_mpi.errors import Abandoned
 from feddip_mpi.streams import stream
 from feddip_mpi.vector import BoundModel, Layout
 
@@ -93,6 +95,7 @@ class LocalTrainer:
         penalty: float,
         round: int,
         client: int,
+        give_up: Callable[[], bool] = lambda: False,
     ) -> LocalResult:
         """E epochs of DPF from the received weights.
 
@@ -102,6 +105,7 @@ class LocalTrainer:
             samples: int64, the client's indices into the training images.
             learning_rate, penalty: eta_t, lambda_t.
             round, client: name the random streams.
+            give_up: asked before every batch; when true the training ends with Abandoned.
         """
         bound, layout = self.bound, self.bound.layout
         active = bound.vector
@@ -111,6 +115,8 @@ class LocalTrainer:
         kept = mask.to(torch.float32)
         loss_sum = torch.zeros((), device=active.device)
         for images, labels in self._batches(samples, round, client):
+            if give_up():
+                raise Abandoned(f"round {round + 1} was abandoned while client {client} trained")
             loss = self._gradient_step(images, labels)
             loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
             add_regularisation(

@@ -18,7 +18,7 @@ from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config, UploadConfig
-from feddip_mpi.errors import FeddipError, NumericalError, PeerError
+from feddip_mpi.errors import Abandoned, FeddipError, NumericalError, PeerError
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
 from feddip_mpi.residuals import Residual
@@ -90,26 +90,37 @@ def run(
     saver: Saver,
     report: Callable[[metrics.Record], None],
     stop_requested: Callable[[], bool],
+    life: Life | None = None,
 ) -> bool:
     """Play all rounds that are left; appends to `history`.
 
     Returns:
-        Whether the run was stopped by a signal before its last round; its state is saved then.
+        Whether the run was stopped by a signal before its last round. Its state is saved then: that after the round, or
+        that before it where the round was abandoned. Before the first round there is nothing to save.
 
     Raises:
         NumericalError: a client's loss or update is not finite; the same on all ranks.
         PeerError: the replicas have drifted apart.
     """
     config, comm = federation.config, federation.comm
-    choice = Choice(federation)
+    choice, life = Choice(federation), life or Life()
     while state.server.round < config.rounds:
         started = time.perf_counter()
+        life.enter("plan", state.server.round)
         # Rank 0's plan counts: it alone has the history of a resumed run, and its clock says what is overdue.
         own = plan_round(config, state.server.round, saver.overdue(), control.decide(config, history))
         own = replace(own, exchange=choice.mode(own, state.server.support))
         plan = RoundPlan.from_json(comm.broadcast(own.to_json()))
-        record = play(federation, state, plan)
+        try:
+            record = play(federation, state, plan, life)
+        except Abandoned as abandoned:
+            log.info("%s", abandoned)
+            if state.server.round:
+                compare_replicas(comm, state.server)
+                saver.save(state, history)
+            return True
         history.append(record)
+        life.enter("checkpoint", plan.round)
         stop = comm.any(stop_requested()) and not _is_last(federation, state)
         saving = time.perf_counter()
         # A checkpoint cannot hold how long saving it took: its last row gets the time up to here.
@@ -169,9 +180,27 @@ class Choice:
         return chosen
 
 
-def play(federation: Federation, state: State, plan: RoundPlan) -> metrics.Record:
-    """One round: train, encode and send here, add up, step the replicated server, evaluate. Changes `state`."""
-    config, comm, meter = federation.config, federation.comm, Meter(federation.comm)
+@dataclass(frozen=True)
+class Life:
+    """What the outside has to do with a round.
+
+    Attributes:
+        give_up: whether a round that is still training is to be abandoned; asked before every batch.
+        enter: told of every phase that begins, with its round.
+    """
+
+    give_up: Callable[[], bool] = lambda: False
+    enter: Callable[[str, int], None] = lambda phase, round: None
+
+
+def play(federation: Federation, state: State, plan: RoundPlan, life: Life | None = None) -> metrics.Record:
+    """One round: train, encode and send here, add up, step the replicated server, evaluate.
+
+    Changes `state` when all that can fail is over: after an error it is that before the round.
+    """
+    life = life or Life()
+    config, comm = federation.config, federation.comm
+    meter = Meter(comm, lambda phase: life.enter(phase, plan.round))
     placed = placement.assign(plan.participants, federation.samples, state.holders, comm.size)
     comm.require_same(
         f"the plan of round {plan.round + 1}", [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES]
@@ -179,9 +208,9 @@ def play(federation: Federation, state: State, plan: RoundPlan) -> metrics.Recor
     _move_residuals(federation, state, placed)
     task = _task(federation, state, plan, placed)
     exchange = Exchange(comm, task, state.owed, meter.phase)
-    work, error = Work.nothing(len(plan.participants)), None
+    work, error = Work.nothing(len(plan.participants), state.held), None
     try:
-        _train_and_send(federation, state, plan, task, exchange, work, meter)
+        _train_and_send(federation, state.server, plan, task, exchange, work, meter, life)
     except FeddipError as caught:
         error = caught
     with meter.phase("wait"):
@@ -193,7 +222,7 @@ def play(federation: Federation, state: State, plan: RoundPlan) -> metrics.Recor
         memory = config.server_memory if methods.METHODS[config.method].prunes else "on"
         state.server, step = server.step(state.server, outcome.aggregate, plan, memory)
         _remember(state, task, outcome.aggregate)
-        state.owed = outcome.owed
+        state.held, state.owed = work.held, outcome.owed
     with meter.phase("evaluate"):
         scores = _evaluate(federation, state.server) if plan.evaluate else None
     return _record(federation, state.server, plan, work, outcome.download, step, scores, meter)
@@ -252,20 +281,23 @@ class Work:
     Attributes:
         numbers: float64 [K, 7], mean loss, images trained on, squared residual norm, and the bytes of the upload by
             kind; zero for others' participants.
+        held: the residuals that this rank will hold after the round, by client.
     """
 
     numbers: np.ndarray
+    held: dict[int, Residual]
 
     @classmethod
-    def nothing(cls, participants: int) -> Work:
+    def nothing(cls, participants: int, held: dict[int, Residual]) -> Work:
         """Before any participant has trained."""
-        return cls(np.zeros((participants, 3 + len(_BYTES))))
+        return cls(np.zeros((participants, 3 + len(_BYTES))), dict(held))
 
 
 def _train_and_send(
-    federation: Federation, state: State, plan: RoundPlan, task: Task, exchange: Exchange, work: Work, meter: Meter
-) -> None:
-    config, comm, srv = federation.config, federation.comm, state.server
+    federation: Federation, srv: Server, plan: RoundPlan, task: Task, exchange: Exchange, work: Work, meter: Meter,
+    life: Life,
+) -> None:  # fmt: skip
+    config, comm = federation.config, federation.comm
     received = server.pruned(srv.weights, srv.mask)
     for slot, client in enumerate(plan.participants):
         if task.placed[client] != comm.rank:
@@ -273,12 +305,12 @@ def _train_and_send(
         with meter.phase("train"):
             samples = federation.partition.train[client]
             result = federation.trainer.train(
-                received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client
+                received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client, life.give_up
             )
         with meter.phase("encode"):
             _require_finite(result.loss, result.update, plan, client, comm.rank)
-            sent = encode_and_send(exchange, task, config.upload, config.seed, state.held, client, result.update)
-        residual = state.held.get(client)
+            sent = encode_and_send(exchange, task, config.upload, config.seed, work.held, client, result.update)
+        residual = work.held.get(client)
         squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
         if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
             raise NumericalError(_diverged(plan, client, comm.rank, f"residual norm {squared**0.5}"))
@@ -420,6 +452,7 @@ class Meter:
     """Seconds by phase and bytes by purpose of one round on this rank."""
 
     comm: Communicator
+    enter: Callable[[str], None] = lambda phase: None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
 
     def __post_init__(self) -> None:
@@ -427,6 +460,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.enter(name)
         started = time.perf_counter()
         try:
             yield

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -145,6 +148,11 @@ class StopFlag:
     def __init__(self) -> None:
         self.requested = False
         self.name = ""
+        self._since = 0.0
+
+    def expired(self, grace: float) -> bool:
+        """Whether a signal came more than `grace` seconds ago. Cheap enough to be asked for every batch."""
+        return self.requested and time.monotonic() - self._since > grace
 
     @classmethod
     def installed(cls) -> StopFlag:
@@ -160,8 +168,58 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
+        if not self.requested:
+            self._since = time.monotonic()
         self.requested = True
         self.name = signal.Signals(number).name
+
+
+class Watchdog:
+    """Ends the job when this rank has made no progress for too long: a hang costs the whole allocation, silently.
+
+    A rank that is stuck in work of its own ends the job first and is named with its phase and its stacks; ranks that
+    wait for others give them a quarter of the time more, so that the culprit can speak.
+    """
+
+    WAITING = ("wait", "exchange", "plan", "evaluate", "checkpoint")
+
+    def __init__(self, seconds: float | None, rank: int, abort: Callable[[int], None]) -> None:
+        """Begin to watch.
+
+        Args:
+            seconds: without progress; None: never ends anything.
+            rank: of this process.
+            abort: ends all ranks with an exit code.
+        """
+        self._rank, self._abort = rank, abort
+        self._entered = ("start", 0, time.monotonic())
+        self._closed = threading.Event()
+        if seconds is not None:
+            threading.Thread(target=self._watch, args=(seconds,), name="watchdog", daemon=True).start()
+
+    def enter(self, phase: str, round: int) -> None:
+        """Progress: this rank now begins `phase` of round t."""
+        self._entered = (phase, round, time.monotonic())
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self, seconds: float) -> None:
+        while not self._closed.wait(min(1.0, seconds / 10)):
+            phase, round, since = self._entered
+            waits = phase in self.WAITING
+            if time.monotonic() - since > seconds * (1.25 if waits else 1.0):
+                what = "waits for another rank" if waits else "is stuck"
+                print(
+                    f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in phase {phase!r} of round "
+                    f"{round + 1}; ending all ranks. `feddip-mpi resume` goes on from the last checkpoint; set watchdog to "
+                    "more seconds if this phase may take as long",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                threading.Timer(5, os._exit, [1]).start()  # an MPI library that is stuck itself must not stop this
+                self._abort(1)
 
 
 def start_log(folder: Path | None, rank: int) -> None:

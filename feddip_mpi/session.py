@@ -252,9 +252,13 @@ def _play(
                 chosen = {name: record[name] for name in ("mask_delayed", "penalty_scale", "regrow_scale")}
                 log.info("adaptive control in round %d: %s", record["round"], chosen)
 
+    grace = built.config.stop_grace
+    watchdog = runtime.Watchdog(built.config.watchdog, comm.rank, comm.abort)
+    life = rounds.Life(lambda: stop.expired(grace), watchdog.enter)
     try:
-        stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested)
+        stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested, life)
     finally:
+        watchdog.close()
         if progress is not None:
             progress.close()
         if sink is not None:

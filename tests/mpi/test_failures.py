@@ -53,6 +53,14 @@ def test_early_exit_of_one_rank_is_a_failure(config: Path, tmp_path: Path) -> No
     assert fail(config, tmp_path / "run", "exit:1:9").code not in (0, 75)
 
 
+def test_a_rank_that_hangs_is_named_and_ends_all(config: Path, tmp_path: Path) -> None:
+    done = fail(config, tmp_path / "run", "hang:1:9", watchdog=2)
+    assert done.code not in (0, 2, 75)
+    assert "watchdog: rank 1 is stuck: no progress for 2 s in phase 'train' of round 2" in done.text, done.text
+    assert "small_models.py" in done.text.split("watchdog: rank 1", 1)[1], "the stacks say where"
+    assert saved_rounds(tmp_path / "run") == [1]
+
+
 def test_failed_save_ends_all_and_keeps_what_was_saved(config: Path, tmp_path: Path) -> None:
     done = fail(config, tmp_path / "run", "save:0:3")
     assert done.code not in (0, 75)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import launch
@@ -141,6 +142,26 @@ def _place_of_weights(path: Path) -> int:
     with h5py.File(path) as file:
         dataset = file["model/parameters/first.weight"]
         return int(dataset.id.get_offset()) + dataset.nbytes // 2
+
+
+def test_a_round_that_cannot_finish_in_time_is_abandoned(config: Path, never_stopped: Path, tmp_path: Path) -> None:
+    """A signal in the middle of long local training: the state before the round is saved, and no bit is lost."""
+    run = tmp_path / "run"
+    done = stop(runs.train(config, run, **LONG, stop_grace=0.2), run, signal.SIGUSR1, 2)
+    before = len(runs.lines(run))
+    assert before == done
+    # Eight batches a rank of 3 s each, of which 0.2 s are granted.
+    with launch.Job([*launch.FEDDIP, "resume", str(run)], 2, extra={"FEDDIP_TEST_SLEEP": "3"}) as job:
+        job.wait_until(lambda: "run folder" in job.text)
+        time.sleep(2)  # into the first batch
+        job.send(signal.SIGUSR1)
+        ended = job.wait(60).expect(75)
+    assert f"stopped by a signal after round {done}" in ended.text, ended.text
+    assert runs.newest(run).name == f"round-{done:06d}.h5" and len(runs.lines(run)) == before
+    assert f"round {done + 1} was abandoned while client" in (run / "run.log").read_text()
+    launch.run([*launch.FEDDIP, "resume", str(run), "--set", "stop_grace=60"], 2).expect(0)
+    ours, theirs = runs.contents(runs.newest(never_stopped)), runs.contents(runs.newest(run))
+    assert [name for name in ours if name != "config" and ours[name] != theirs[name]] == []
 
 
 def test_a_run_that_was_never_saved_begins_again(config: Path, tmp_path: Path) -> None:

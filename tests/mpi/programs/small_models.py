@@ -4,6 +4,7 @@ FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training 
     raise   the forward raises RuntimeError
     nan     the forward returns NaN
     exit    the forward calls sys.exit(0)
+    hang    the forward does not return
     decode  reading a frame raises PeerError
     save    (rank and call count as for decode) writing a checkpoint raises OSError
 FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
@@ -99,6 +100,8 @@ class Fragile(nn.Module):
                 raise RuntimeError("this test's model breaks")
             if self.kind == "exit":
                 sys.exit(0)
+            if self.kind == "hang":
+                time.sleep(1e6)
             if self.kind == "nan":
                 return logits * float("nan")
         return logits
