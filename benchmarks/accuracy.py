@@ -1,6 +1,6 @@
 """Accuracy of the truly pruned model at the published Fashion-MNIST setting, and the ablation of the variants.
 
-    python benchmarks/accuracy.py --out runs/accuracy [--grid main|ablation|exchange|values] [--jobs 2] [--rounds 100]
+    python benchmarks/accuracy.py --out runs/accuracy [--grid main|ablation|exchange|values] [--jobs 2] [--report]
 
 Every cell is an ordinary run folder made by `feddip-mpi train` on one rank and one thread; finished cells are
 skipped, so the script can be stopped and started again. At the end it writes accuracy-GRID.json into --results and
@@ -78,10 +78,10 @@ VALUES = {"fp32 at 0.95": EXCHANGE["fp32 at 0.95"], "default at 0.99": EXCHANGE[
 GRIDS = {"main": (MAIN, SEEDS), "ablation": (ABLATION, (1, 2)), "exchange": (EXCHANGE, (1,)), "values": (VALUES, SEEDS)}
 
 
-def run_cell(folder: Path, overrides: list[str], seed: int, rounds: int) -> dict | None:
-    """Train (or resume) one cell; its summary, or None if it failed."""
+def run_cell(folder: Path, overrides: list[str], seed: int, rounds: int, train: bool = True) -> dict | None:
+    """Train (or resume) one cell, or just look; its summary, or None if it is not finished."""
     finished = folder / "finished.json"
-    if not finished.exists():
+    if train and not finished.exists():
         if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("round-*.h5")):
             command = ["resume", str(folder)]
         else:
@@ -114,8 +114,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--only", help="cells whose name contains this")
+    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the grid's")
+    parser.add_argument("--report", action="store_true", help="train nothing: write down what is finished")
     options = parser.parse_args()
     grid, seeds = GRIDS[options.grid]
+    seeds = options.seeds or seeds
     # Seeds outermost: after a stop the grid is complete for the first seeds.
     cells = [(name, seed) for seed in seeds for name in grid if not options.only or options.only in name]
 
@@ -124,11 +127,12 @@ def main() -> None:
 
     started = time.time()
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda c: run_cell(folder_of(*c), grid[c[0]], c[1], options.rounds), cells))
+        results = list(pool.map(lambda c: run_cell(folder_of(*c), grid[c[0]], c[1], options.rounds, not options.report), cells))
     table: dict[str, dict] = {}
     for (name, seed), summary in zip(cells, results, strict=True):
         row = table.setdefault(name, {"overrides": grid[name], "seeds": {}})
         if summary is not None:
+            summary["hardware"].pop("host", None)
             row["seeds"][seed] = {**summary, "last_mask_churn": last_mask_churn(folder_of(name, seed))}
     write(table, options, time.time() - started)
 
