@@ -238,7 +238,7 @@ class Communicator:
         window, shared = self._shared_buffer(sum(rank_bytes))
         shared[starts[self.rank] : starts[self.rank] + rank_bytes[self.rank]] = _joined(payloads)
         self._node_fence(window)
-        if self._leaders() is not None:
+        if self._leaders() is not None and len(self.nodes()) > 1:
             node_bytes = [sum(rank_bytes[rank] for rank in node) for node in self.nodes()]
             first = starts[self.nodes()[self._leaders().rank][0]]
             own = node_bytes[self._leaders().rank]

@@ -137,7 +137,7 @@ class UploadConfig(_Section):
         "masked", description="which prunable coordinates travel: those in the mask (plus regrow), or all"
     )
     regrow: float = Field(
-        0.02, ge=0, le=1e6, description="coordinates sent from outside the mask, as a fraction of the kept weights"
+        0.02, ge=0, le=1e6, description="coordinates sent from outside the mask (mode: masked), as a fraction of the kept weights"
     )
     regrow_schedule: Literal["constant", "linear"] = Field(
         "linear", description="constant, or falling linearly to 0 at the last mask update"
@@ -158,7 +158,9 @@ class DownloadConfig(_Section):
     """How the sums of a slice are handed on by the rank that owns it (`exchange: sharded`)."""
 
     values: ValueType = Field(
-        "fp32", description="how a sum travels (exchange: sharded); what its owner rounds off is added the next time"
+        "fp32",
+        description="how a sum travels; all but fp32 need exchange: sharded, upload.mode: masked and no ef21; what an owner "
+        "rounds off is added the next time",
     )
 
 
@@ -503,7 +505,7 @@ def _cross_field_problems(config: Config) -> Iterator[tuple[tuple[str, ...], str
                 yield (
                     ("download.values", key),
                     f"download.values: got {c.download.values}, which needs {key}={wanted}, not {got}; "
-                    f"set {key}={wanted}, or download.values=fp32",
+                    f"set {key}={wanted} (a new run can have download.values=fp32)",
                 )
         if c.upload.residual == "ef21":
             yield (

@@ -72,6 +72,6 @@ def _regrow_scale(config: Config, last: Record) -> float:
     if budget is None:
         return scale
     sent = last["upload_bytes"] / len(last["participants"])
-    if sent > budget:
+    if sent > budget and last["upload_indices_bytes"]:  # what regrow did not send it cannot save
         return max(_SMALLEST_REGROW, scale / 2)
     return min(1.0, scale * 2) if last["mask_updated"] and sent < 0.8 * budget else scale

@@ -12,6 +12,7 @@ Every message is preceded by its length; w waves of messages travel one after th
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -187,17 +188,18 @@ def _clients(network: Network, load: Load) -> int:
     return -(-load.participants // network.ranks)
 
 
-def choose(network: Network, participants: int, payload: float, download: float) -> tuple[str, str]:
+def choose(network: Network, load: Load) -> tuple[str, str]:
     """The cheapest mode of EQUAL_BITS and why, in a line; see `Load`. Of equal ones the first."""
     if network.ranks == 1:
         return "allgatherv", "one rank: nothing to send"
-    predicted = seconds(network, Load(participants, payload, download, download))
+    predicted = seconds(network, load)
     # Where every rank is a node of its own, `node` is `allgatherv` with more steps.
     usable = [mode for mode in EQUAL_BITS if mode != "node" or network.nodes < network.ranks]
     best = min(usable, key=lambda mode: predicted[mode])
     times = ", ".join(f"{mode} {1e3 * predicted[mode]:.2f} ms" for mode in usable)
     return best, (
-        f"predicted: {times}; {participants} payloads of {payload:.0f} bytes, sum of {download:.0f}, {network.ranks} ranks "
+        f"predicted: {times}; {load.participants} payloads of {load.payload:.0f} bytes, sum of {load.download:.0f}, "
+        f"{network.ranks} ranks "
         f"on {network.nodes} node{'s' * (network.nodes > 1)}, latency {1e6 * network.latency:.0f} us, "
         f"bandwidth {8e-6 * network.bandwidth:.0f} Mbit/s"
     )
@@ -243,16 +245,23 @@ def fit(samples: Sequence[Sample]) -> tuple[float, float, float]:
     return a, 1 / a_byte if a_byte > 0 else float("inf"), errors[best]
 
 
-def measure(comm: Communicator) -> tuple[float, float]:
+def measure(comm: Communicator, background: bool) -> tuple[float, float]:
     """(latency in seconds, bandwidth in bytes a second) from a few small exchanges; takes well under a second a rank.
 
-    Every rank calls it; rank 0's numbers count, because rank 0 plans.
+    Every rank calls it; rank 0's numbers count, because rank 0 plans. `background`: by the thread that sends where
+    messages overlap, which looks at its requests now and then only.
     """
+
+    def probe(size: int) -> object:
+        def work() -> object:
+            return comm.allgatherv([np.zeros(size, np.uint8)], [1] * comm.size)
+
+        return comm.post(work).result() if background else work()
+
     if comm.size == 1:
         return 0.0, float("inf")
     samples = [
-        gathered(comm.size, size, _median(lambda size=size: comm.allgatherv([np.zeros(size, np.uint8)], [1] * comm.size)))  # type: ignore[misc]
-        for size in (8, _PROBE_BYTES)
+        gathered(comm.size, size, _median(functools.partial(probe, size))) for size in (8, _PROBE_BYTES)
     ]
     return fit(samples)[:2]
 

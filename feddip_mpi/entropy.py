@@ -1,7 +1,7 @@
 """An optional entropy stage over packed values, by a library (zstandard). Pure.
 
-Quantised updates are far from uniform: int8 codes carry 6.9 and int4 codes 3.05 bits of information, so a fast
-entropy coder makes them shorter (docs/results/exchange.md); float32 values hardly.
+Quantised updates are far from uniform, so a fast entropy coder makes int8 codes a seventh and int4 codes a fifth
+shorter; float32 values hardly (docs/results/exchange.md, "The codec").
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ of ranks, because each decodes the same values and adds them up in client order:
 
 - allgatherv: every rank gets every payload and adds up everything. Bytes a rank grow with the participants.
 - sharded: each rank owns a slice of the coordinates, gets the clients' parts of that slice, adds them up and hands
-  the sum on. Bytes a rank stay about two payloads for any number of ranks.
+  the sum on. Bytes a rank do not grow with the ranks: about two payloads each way where sums travel like values
+  (`download`), more where they travel as float32.
 - node: as allgatherv, but a payload enters each node once and is shared there in memory.
 - dense: each rank adds up its own clients, then a plain float32 Allreduce. The yardstick; its bits depend on the
   number of ranks.
@@ -319,6 +320,14 @@ def framed_sum(task: Task, total: Sum, owed: Tensor | None) -> tuple[list[np.nda
     if REGROW in task.upload.kinds:
         messages.append(Message(REGROW, *head, exact, 0, part.indices, part.other[:0], False, compress))
     return [message.frame(total.lo, total.hi) for message in messages], left
+
+
+def own_part(owed: Tensor, support: Support, size: int, ranks: int, rank: int, kind: str) -> Tensor:
+    """What this rank owes of float32 [kept weights], zero elsewhere: see Outcome; the rest is as in `slices`."""
+    lo, hi = (support.rank(bound) for bound in slices(support, size, ranks, kind)[rank : rank + 2])
+    own = torch.zeros_like(owed)
+    own[lo:hi] = owed[lo:hi]
+    return own
 
 
 def slices(support: Support, size: int, ranks: int, kind: str) -> list[int]:

@@ -56,7 +56,7 @@ FIELDS: dict[str, Field] = {
     "client_accuracy": Field("floats", "config", "top-1 accuracy on each client's own test part (eval.clients)"),
     "update_norm": Field("float", "config", "||sum_k p_k q_k||"),
     "pruning_error": Field("float", "config", "||v - m*v||^2 / ||v||^2 over the prunable weights"),
-    "residual_norm": Field("float", "config", "root of the participants' summed squared residuals"),
+    "residual_norm": Field("float", "config", "root of the participants' summed squared residuals (ef21: references)"),
     "samples": Field("int", "config", "images trained on, epochs counted"),
     "upload_bytes": Field("int", "config", "payloads of all participants"),
     "upload_values_bytes": Field("int", "config", "of these: values of prunable weights"),
@@ -79,7 +79,7 @@ FIELDS: dict[str, Field] = {
         }.items()
     },
     "residual_bytes": Field("int", "ranks", "residuals that moved with their client to another rank"),
-    "control_bytes": Field("int", "ranks", "plan, status, scores and measurements handed to MPI, all ranks"),
+    "control_bytes": Field("int", "ranks", "digest of the plan, status and scores of the round handed to MPI, all ranks"),
     "train_seconds": Field("float", "clock", "local training, slowest rank"),
     "encode_seconds": Field("float", "clock", "encoding, slowest rank"),
     "wait_seconds": Field("float", "clock", "waiting for the slowest rank before the exchange, largest"),

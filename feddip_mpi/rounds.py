@@ -29,7 +29,7 @@ from feddip_mpi.support import Support
 
 _PHASES = ("train", "encode", "wait", "exchange", "decode", "server", "evaluate", "transfer")
 _TRAFFIC = ("update", "residual", "control")
-_BYTES = ("values", "indices", "other", "frame")
+KINDS_OF_BYTES = ("values", "indices", "other", "frame")
 
 
 class Saver(Protocol):
@@ -104,6 +104,8 @@ def run(
     """
     config, comm = federation.config, federation.comm
     choice, life = Choice(federation), life or Life()
+    if config.overlap and comm.size > 1 and not comm.open_background():
+        log.info("overlap: this MPI library lets one thread call it (%s): messages wait for the end", comm.thread_level())
     while state.server.round < config.rounds:
         started = time.perf_counter()
         life.enter("plan", state.server.round)
@@ -158,7 +160,8 @@ class Choice:
         if federation.config.exchange == "auto":
             nodes = comm.open_nodes()
             latency, bandwidth = given.latency, given.bandwidth
-            measured = costs.measure(comm) if latency is None or bandwidth is None else None
+            behind = federation.config.overlap and comm.open_background()
+            measured = costs.measure(comm, behind) if latency is None or bandwidth is None else None
             self._network = costs.network(latency, bandwidth, measured, comm.size, nodes)
 
     def mode(self, plan: RoundPlan, support: Support) -> str:
@@ -173,7 +176,10 @@ class Choice:
         download = codec.expected_bytes(
             replace(upload, values=federation.config.download.values, regrow=union), *counts
         )
-        chosen, why = costs.choose(self._network, len(plan.participants), payload, download)
+        load = costs.Load(
+            len(plan.participants), payload, download, download, len(upload.kinds), federation.config.overlap
+        )
+        chosen, why = costs.choose(self._network, load)
         if chosen != self._last:
             log.info("exchange from round %d: %s (%s)", plan.round + 1, chosen, why)
             self._last = chosen
@@ -290,7 +296,7 @@ class Work:
     @classmethod
     def nothing(cls, participants: int, held: dict[int, Residual]) -> Work:
         """Before any participant has trained."""
-        return cls(np.zeros((participants, 3 + len(_BYTES))), dict(held))
+        return cls(np.zeros((participants, 3 + len(KINDS_OF_BYTES))), dict(held))
 
 
 def _train_and_send(
@@ -314,7 +320,7 @@ def _train_and_send(
         squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
         if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
             raise NumericalError(_diverged(plan, client, comm.rank, f"residual norm {squared**0.5}"))
-        work.numbers[slot] = (result.loss, result.samples, squared, *(getattr(sent, kind) for kind in _BYTES))
+        work.numbers[slot] = (result.loss, result.samples, squared, *(getattr(sent, kind) for kind in KINDS_OF_BYTES))
 
 
 def encode_and_send(
@@ -487,14 +493,14 @@ def _record(
 ) -> metrics.Record:
     """Merge all ranks' measurements into the round's record (names and units: metrics.FIELDS)."""
     comm, layout = federation.comm, federation.layout
-    handed_on = [getattr(download, kind) for kind in _BYTES]
+    handed_on = [getattr(download, kind) for kind in KINDS_OF_BYTES]
     own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device), *handed_on], np.float64)
     measured = comm.gather(own)
     slowest = dict(zip(meter.seconds, measured.max(axis=0), strict=False))
     sums = [int(x) for x in measured[:, len(meter.seconds) :].sum(axis=0)]
     # Every slot is filled by one rank and zero elsewhere: the sum is exact whatever the number of ranks.
     loss, samples, squared, *uploaded = comm.gather(work.numbers).sum(axis=0).T
-    upload = dict(zip(_BYTES, (int(column.sum()) for column in uploaded), strict=True))
+    upload = dict(zip(KINDS_OF_BYTES, (int(column.sum()) for column in uploaded), strict=True))
     record: metrics.Record = {
         "round": srv.round,
         "participants": list(plan.participants),
@@ -527,7 +533,7 @@ def _record(
         "received_bytes",
         "host_memory_bytes",
         "device_memory_bytes",
-        *(f"download_{kind}_bytes" for kind in _BYTES),
+        *(f"download_{kind}_bytes" for kind in KINDS_OF_BYTES),
     )
     measurements = {
         **{f"{name}_seconds": float(s) for name, s in slowest.items()},

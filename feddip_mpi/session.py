@@ -13,11 +13,25 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from feddip_mpi import checkpoint, config, federation, hdf5, masks, methods, metrics, rounds, runtime, schedules, server
+from feddip_mpi import (
+    checkpoint,
+    config,
+    entropy,
+    federation,
+    hdf5,
+    masks,
+    methods,
+    metrics,
+    rounds,
+    runtime,
+    schedules,
+    server,
+)
 from feddip_mpi.checkpoint import Loaded, Snapshot
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, InputError, Stopped
+from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
 from feddip_mpi.metrics import Record
 from feddip_mpi.report import terminal
@@ -171,6 +185,8 @@ def build(comm: Communicator, settings: Config) -> Federation:
     """This rank's device, then everything of `federation.build`. An error on one rank is raised on all."""
     error, device = None, torch.device("cpu")
     try:
+        if settings.upload.entropy == "zstd":
+            entropy.require()
         device = runtime.prepare_torch(settings, runtime.local_rank(comm.rank, comm.node_rank))
     except FeddipError as caught:
         error = caught
@@ -197,6 +213,9 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
     weights = everywhere(loaded.server.weights.numpy() if loaded else None)
     srv = server.Server.of(done, weights, everywhere(loaded.server.mask.numpy() if loaded else None))
     memories = {name: everywhere(loaded.memories[name] if loaded else None) for name in names}
+    if "owed" in memories:  # each rank owes for its slice alone, also on another number of ranks
+        kind = built.config.upload.values
+        memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
     holders = rounds.initial_holders(built.config.clients, comm.size)
     held = _hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None)
     assert srv.weights.numel() == layout.size
@@ -300,7 +319,10 @@ def summarise(built: Federation, history: Sequence[Record], accuracy: float, mem
         "upload_bytes": uploaded,
         "dense_bytes": dense,
         "exchange": built.config.exchange,
+        "upload_bytes_by_kind": {kind: sum(r[f"upload_{kind}_bytes"] for r in history) for kind in rounds.KINDS_OF_BYTES},
+        "download_bytes": sum(r[f"download_{kind}_bytes"] or 0 for r in history for kind in rounds.KINDS_OF_BYTES),
         "wire_bytes": sum(r["wire_bytes"] for r in history),
+        "received_bytes": sum(r["received_bytes"] for r in history),
         "seconds": sum(r["round_seconds"] for r in history),
         "peak_host_memory_bytes": max(r["host_memory_bytes"] for r in history),
         "versions": runtime.versions(),

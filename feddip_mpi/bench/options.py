@@ -59,14 +59,15 @@ class Options:
             entropy.require()
 
     def _mistakes(self) -> list[str]:
-        unknown = [*(kind for kind in (*self.values, self.download) if kind not in values.KINDS)]
+        asked = [*(("--values", kind) for kind in self.values), ("--download", self.download)]
+        unknown = [f"{name} {kind}" for name, kind in asked if kind not in values.KINDS]
         strange = [mode for mode in self.modes if mode not in CONTENDERS]
         return [
             "--model and --size: name one of them" if self.model is not None and self.size is not None else "",
-            "" if 1 <= self.weights <= indices.MAX_SIZE else f"--size {self.size}: 1 to {indices.MAX_SIZE}",
+            "" if 1 <= self.weights <= indices.MAX_SIZE else f"--size {self.size}: 1 to {indices.MAX_SIZE} is allowed",
             *("" if 0 <= share < 1 else f"--sparsity {share:g}: at least 0 and less than 1" for share in self.sparsity),
-            f"unknown value type {unknown[0]!r}: {', '.join(values.KINDS)}" if unknown else "",
-            f"--modes {strange[0]}: {', '.join(CONTENDERS)}" if strange else "",
+            f"{unknown[0]}: one of {', '.join(values.KINDS)} is allowed" if unknown else "",
+            f"--modes {strange[0]}: one of {', '.join(CONTENDERS)} is allowed" if strange else "",
             "" if 0 <= self.regrow <= 1e6 else f"--regrow {self.regrow:g}: at least 0 and at most 1e6",
             f"--download {self.download}: sums are handed on by `sharded` only; add --modes sharded"
             if self.download != "fp32" and self.modes and "sharded" not in self.modes else "",

@@ -227,6 +227,9 @@ def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tupl
         ("sparsity of the prunable weights", f"{summary['sparsity']:.4f}"),
         ("bytes uploaded", f"{size(summary['upload_bytes'])}, {ratio:.1f} times fewer than dense float32 "
                            f"({size(summary['dense_bytes'])})"),
+        ("  of these values, indices, not prunable, frames",
+         ", ".join(size(count) for count in summary["upload_bytes_by_kind"].values())),
+        ("bytes that ranks received from each other", size(summary["received_bytes"])),
         ("time", f"{clock(summary['seconds'])} for {summary['rounds']} rounds on {summary['ranks']} rank(s)"),
         ("run folder", str(folder)),
         ("numbers by round", str(folder / "metrics.jsonl")),

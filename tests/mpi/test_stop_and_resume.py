@@ -248,8 +248,10 @@ def test_every_round_can_be_the_last_before_a_stop(config: Path, tmp_path: Path)
         codes.append(0)
         for last in (1, 2, 4):
             run = tmp_path / f"{name}-{last}"
-            commands += [{"argv": runs.train(config, run, **own), "stop_after": last}, {"argv": ["resume", str(run)]}]
-            codes += [75, 0]
+            commands.append({"argv": runs.train(config, run, **own), "stop_after": last})
+            # A resume that gives up its first round saves what it was given.
+            commands += [{"argv": ["resume", str(run)], "abandon": True}] * 2 + [{"argv": ["resume", str(run)]}]
+            codes += [75, 75, 75, 0]
     often = tmp_path / "often"
     commands.append({"argv": runs.train(config, often, **changes), "stop_after": 1})
     commands += [{"argv": ["resume", str(often)], "stop_after": last} for last in (2, 3, 4)]

@@ -93,10 +93,12 @@ def test_the_penalty_follows_the_pruning_error_of_a_cut(error: float, scale: flo
 
 
 @pytest.mark.parametrize(
-    ("used", "updated", "scale", "expected"),
-    [(101, 0, 1.0, 0.5), (101, 1, 1 / 64, 1 / 64), (70, 1, 0.25, 0.5), (70, 1, 1.0, 1.0), (70, 0, 0.5, 0.5), (90, 1, 0.5, 0.5)],
+    ("used", "indices", "updated", "scale", "expected"),
+    [(101, 9, 0, 1.0, 0.5), (101, 9, 1, 1 / 64, 1 / 64), (70, 9, 1, 0.25, 0.5), (70, 9, 1, 1.0, 1.0), (70, 9, 0, 0.5, 0.5),
+     (90, 9, 1, 0.5, 0.5), (101, 0, 0, 1.0, 1.0), (101, 0, 1, 0.5, 0.5)],
 )  # fmt: skip
-def test_regrow_follows_the_upload_budget(used: int, updated: int, scale: float, expected: float) -> None:
+def test_regrow_follows_the_upload_budget(used: int, indices: int, updated: int, scale: float, expected: float) -> None:
+    """Rounds that sent no regrow coordinates say nothing about them."""
     config = settings(control={"upload_bytes": 100})
-    records = history([1.0], upload_bytes=5 * used, mask_updated=updated, regrow_scale=scale)
+    records = history([1.0], upload_bytes=5 * used, upload_indices_bytes=indices, mask_updated=updated, regrow_scale=scale)
     assert control.decide(config, records).regrow_scale == pytest.approx(expected)

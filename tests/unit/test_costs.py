@@ -97,8 +97,12 @@ def test_a_network_grows_by_whole_nodes_and_a_load_with_its_ranks() -> None:
 
 def test_auto_never_chooses_what_would_change_a_result() -> None:
     slow = Network(1e-5, 1e6, 16, 16)
-    mode, why = costs.choose(slow, 16, 1e6, 4e6)
+    mode, why = costs.choose(slow, Load(16, 1e6, 4e6, 4e6))
     assert mode == "sharded" and "node " not in why and "dense" not in why
-    assert costs.choose(slow, 16, 1.0, 4e6)[0] == "allgatherv"
-    assert costs.choose(Network(0.0, 1.0, 1, 1), 16, 1e6, 4e6) == ("allgatherv", "one rank: nothing to send")
-    assert costs.choose(Network(1e-5, 1e6, 16, 2), 4, 1e6, 4e6)[0] == "node"
+    assert costs.choose(slow, Load(16, 1.0, 4e6, 4e6))[0] == "allgatherv"
+    assert costs.choose(Network(0.0, 1.0, 1, 1), Load(16, 1e6, 4e6, 4e6)) == ("allgatherv", "one rank: nothing to send")
+    assert costs.choose(Network(1e-5, 1e6, 16, 2), Load(4, 1e6, 4e6, 4e6))[0] == "node"
+    # 32 clients on 8 ranks travel in waves where they overlap, each with its latency, and sharded has more collectives.
+    waves = Network(1e-3, 12.5e6, 8, 8)
+    assert costs.choose(waves, Load(32, 2e4, 6e4, 6e4))[0] == "sharded"
+    assert costs.choose(waves, Load(32, 2e4, 6e4, 6e4, 2, overlap=True))[0] == "allgatherv"

@@ -50,11 +50,11 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     play = rounds.play
 
-    def watched(federation: Any, state: Any, plan: Any) -> Any:
+    def watched(federation: Any, state: Any, plan: Any, life: Any) -> Any:
         comm: Communicator = federation.comm
         comm.barrier()
         before = received_by_interface(), sum(comm.received.values())
-        record = play(federation, state, plan)
+        record = play(federation, state, plan, life)
         comm.barrier()
         own = received_by_interface() - before[0], sum(comm.received.values()) - before[1]
         interfaces, counted = comm.gather(np.array(own, np.float64)).sum(axis=0)

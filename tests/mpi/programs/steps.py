@@ -4,6 +4,7 @@
 
 STEPS.json is a list of {"argv": [...], ...}; optional keys of a step:
     "stop_after": r   the last rank gets SIGUSR1 in round r; the others must stop with it
+    "abandon": true   every round is given up before its first batch, as if a signal had come long ago
     "drift": rank     that rank's weights change by one bit before replicas are compared
     "ranks_per_node": n   so many ranks are taken for a node
 RESULTS_FOLDER/rank-N.json: for each step the exit code and what the rank wrote to stdout and stderr.
@@ -50,10 +51,10 @@ def stopping_after(round: int) -> Iterator[None]:
     """SIGUSR1 to the last rank while it plays its `round`-th round of the run."""
     play = rounds.play
 
-    def play_and_signal(federation: Any, state: rounds.State, plan: Any) -> Any:
+    def play_and_signal(federation: Any, state: rounds.State, plan: Any, life: Any) -> Any:
         if RANK == SIZE - 1 and plan.round + 1 == round:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return play(federation, state, plan)
+        return play(federation, state, plan, life)
 
     with mock.patch.object(rounds, "play", play_and_signal):
         yield
@@ -80,6 +81,8 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             if "stop_after" in step:
                 stack.enter_context(stopping_after(step["stop_after"]))
+            if "abandon" in step:
+                stack.enter_context(mock.patch.object(runtime.StopFlag, "expired", lambda *_: True))
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
             if "ranks_per_node" in step:
