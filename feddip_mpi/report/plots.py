@@ -123,7 +123,7 @@ def draw_run(records: Sequence[Row], title: str) -> Figure:
     _draw_accuracy(panels[0], records)
     _draw_sparsity(panels[1], records)
     _draw_penalty_and_rate(panels[2], records)
-    _draw_bytes(panels[3], records, "wire_bytes", "Bytes handed to MPI, all ranks")
+    _draw_bytes(panels[3], records, "wire_bytes", "Bytes handed to MPI")
     return figure
 
 

@@ -108,7 +108,7 @@ def test_the_title_of_a_plan_names_method_model_and_data() -> None:
 
 def test_one_rank_too_hands_bytes_to_mpi() -> None:
     sent = plots.draw_run(records(3), "").axes[3]
-    assert sent.get_title() == "Bytes handed to MPI, all ranks"
+    assert sent.get_title() == "Bytes handed to MPI"
 
 
 @pytest.mark.parametrize("counts", [np.array([[3, 0], [1, 5]]), np.zeros((3, 2), np.int64), np.eye(3, dtype=np.int64)])
