@@ -196,7 +196,9 @@ def test_cancelled_and_submitted_again(started: Started, never_stopped: Path) ->
     saved = started.saved
 
     job = started.submit("slurm-cpu.sh", *TWO_NODES).wait().expect("COMPLETED", 0)
-    assert f"newest checkpoint: round-{saved:06d}.h5" in job.text
+    # Slurm calls a job cancelled before its ranks are gone: one of them may have saved once more.
+    resumed = int(re.findall(r"newest checkpoint: round-(\d+)\.h5", job.text)[0])
+    assert saved <= resumed < 40
     runs.assert_equal(never_stopped, started.run)
 
 
