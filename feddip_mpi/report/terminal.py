@@ -180,8 +180,15 @@ def print_tables(*parts: Any) -> None:
     """
     from rich.console import Console
 
+    class PatientConsole(Console):
+        """Rich would leave the program when the reader has gone, and with it a run that is not finished."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            leave_stdout()
+
     width = None if is_terminal() or "COLUMNS" in os.environ else 110
-    console = Console(
+    console = PatientConsole(
         force_terminal=None if is_terminal() else False, width=width, markup=False, emoji=False, highlight=False
     )
     try:

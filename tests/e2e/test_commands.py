@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -292,3 +293,24 @@ def test_a_finished_run_is_extended(copy: Path, feddip: Command) -> None:
     assert done.returncode == 0, done.stderr
     assert [record["round"] for record in records(copy)] == [1, 2, 3, 4, 5]
     assert all(record["round_seconds"] > 0 for record in records(copy))
+
+
+def test_a_reader_that_goes_away_ends_nothing(tiny_config: Path, tmp_path: Path) -> None:
+    """`feddip-mpi ... | head -1`: the run is finished all the same, and a command that shows something ends with 0."""
+    run = tmp_path / "run"
+    for argv in (
+        ["train", str(tiny_config), *settings(), "--out", str(run)], ["inspect", str(run)], ["evaluate", str(run)],
+        ["plan", str(tiny_config)],
+    ):  # fmt: skip
+        reading, writing = os.pipe()
+        os.close(reading)  # every write fails from the first one on
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "feddip_mpi", *argv], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False,
+            )  # fmt: skip
+        finally:
+            os.close(writing)
+        assert done.returncode == 0, (argv, done.stderr)
+        assert "Traceback" not in done.stderr and "MPI_ABORT" not in done.stderr
+    assert (run / "finished.json").exists()
