@@ -8,14 +8,18 @@ Every message is preceded by its length; w waves of messages travel one after th
     sharded      (3w+2) (P-1) a + (K/P p + d) (P-1)/P / b    each rank sends its payloads once, gets the sum (d bytes) once
     node         w (P-1 + M-1) a + K p (M-1)/M / (b P/M)     M nodes; one rank of each has its node's links to itself
     dense        2 (P-1) a + 2 r (P-1)/P / b                 an Allreduce of r bytes
+
+Real links are not straight lines: short messages get less of the bandwidth than long ones, and libraries change their
+algorithm with the length. Where transfers of several lengths were measured (`Network.probes`), their own seconds stand in
+place of a and b.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +30,8 @@ EQUAL_BITS = ("allgatherv", "sharded", "node")  # what `auto` chooses from: a ch
 MOST_RANKS = 4096  # as far as a prediction goes
 _PROBE_BYTES = 2**18
 _PROBES = 5
+# Steps of a ring for each other rank: lengths and payloads; with alltoallv the longest of the lengths as well.
+_STEPS = {"allgatherv": 2, "alltoallv": 3}
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,34 @@ class Network:
         bandwidth: bytes a second of one rank while all ranks send, b.
         ranks: P.
         nodes: M, groups of ranks that share memory.
+        probes: by collective ("allgatherv", "alltoallv") what was measured: (bytes from each rank, to each of the others
+            with alltoallv; seconds of a call for each of the P - 1 other ranks), shortest first.
     """
 
     latency: float
     bandwidth: float
     ranks: int
     nodes: int
+    probes: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
     def grown(self, ranks: int) -> Network:
         """The same links and as many ranks a node as now, with another number of ranks."""
         a_node = -(-self.ranks // self.nodes)
         return replace(self, ranks=ranks, nodes=-(-ranks // a_node))
+
+    def took(self, collective: str, size: float) -> float:
+        """Seconds of one call of `Communicator.allgatherv` or `alltoallv` with `size` bytes (see `probes`).
+
+        On the straight line through the two measured lengths around `size`, or the last two where it is longer.
+        """
+        probes = self.probes.get(collective, ())
+        if len(probes) < 2:
+            return (self.ranks - 1) * (_STEPS[collective] * self.latency + size / self.bandwidth)
+        upper = next((k for k in range(1, len(probes) - 1) if probes[k][0] >= size), len(probes) - 1)
+        (short, soon), (long, late) = probes[upper - 1], probes[upper]
+        # Noise may make a longer message the faster one, which must not go on for ever.
+        slope = max(0.0, (late - soon) / (long - short))
+        return (self.ranks - 1) * (soon + slope * (size - short))
 
 
 @dataclass(frozen=True)
@@ -106,15 +129,21 @@ class Sample:
 def seconds(network: Network, load: Load) -> dict[str, float]:
     """Predicted seconds of the transfers of an exchange by mode."""
     a, b, ranks, nodes = network.latency, network.bandwidth, network.ranks, network.nodes
-    steps, away = ranks - 1, (ranks - 1) / ranks
-    waves = load.messages * _clients(network, load) if load.overlap else 1
+    count = waves(network, load)
     uploads = load.participants * load.payload
+    a_rank = uploads / ranks / count
+    lengths = network.took("allgatherv", 0) / 2  # which an Allreduce has not
     return {
-        "allgatherv": 2 * waves * steps * a + uploads * away / b,
-        "sharded": (3 * waves + 2) * steps * a + (uploads / ranks + load.download) * away / b,
-        "node": waves * (steps + nodes - 1) * a + uploads * (nodes - 1) / nodes / (b * ranks / nodes),
-        "dense": 2 * steps * a + 2 * load.reduced * away / b,
+        "allgatherv": count * network.took("allgatherv", a_rank),
+        "sharded": count * network.took("alltoallv", a_rank / ranks) + network.took("allgatherv", load.download / ranks),
+        "node": count * (ranks + nodes - 2) * a + uploads * (nodes - 1) / nodes / (b * ranks / nodes),
+        "dense": 2 * (network.took("allgatherv", load.reduced / ranks) - lengths),
     }
+
+
+def waves(network: Network, load: Load) -> int:
+    """How many messages travel one after the other."""
+    return load.messages * _clients(network, load) if load.overlap else 1
 
 
 def predict(mode: str, network: Network, load: Load, compute: Compute) -> dict[str, float]:
@@ -217,12 +246,12 @@ def network(
 
 def gathered(ranks: int, size: int, seconds: float) -> Sample:
     """A `Communicator.allgatherv` of `size` bytes from each rank."""
-    return Sample(2 * (ranks - 1), (ranks - 1) * size, seconds)
+    return Sample(_STEPS["allgatherv"] * (ranks - 1), (ranks - 1) * size, seconds)
 
 
 def exchanged(ranks: int, size: int, seconds: float) -> Sample:
     """A `Communicator.alltoallv` of `size` bytes from each rank to each."""
-    return Sample(3 * (ranks - 1), (ranks - 1) * size, seconds)
+    return Sample(_STEPS["alltoallv"] * (ranks - 1), (ranks - 1) * size, seconds)
 
 
 def fit(samples: Sequence[Sample]) -> tuple[float, float, float]:

@@ -30,7 +30,9 @@ PHASES = {
     "server": "apply",
 }  # fmt: skip
 KINDS = ("values", "indices", "other", "frame")
-_PROBE_BYTES = (8, 2**14, 2**18, 2**22)  # the longest is left out where the whole vector is shorter
+_PROBE_BYTES = (8, 2**14, 2**18, 2**20, 2**22, 2**24)  # those longer than the whole vector are left out
+_SHORT_PROBE = 2**18
+_LONG_PROBE = 2**23  # from here on only what the dense yardstick needs
 _DENSE_PROBE_FLOATS = 10**6
 _ROUNDING = 1e-5  # relative: float32 sums in another order
 
@@ -124,7 +126,7 @@ class Bench:
             for line in self.lines:
                 yield lambda line=line: self._play(line)  # type: ignore[misc]
             for size in _PROBE_BYTES:
-                if self._comm.size > 1 and size <= max(4 * self._desk.inputs.size, _PROBE_BYTES[-2]):
+                if self._comm.size > 1 and size <= max(4 * self._desk.inputs.size, _SHORT_PROBE):
                     yield lambda size=size: self._probe(size)  # type: ignore[misc]
             for line in self._calibrated().values():
                 yield lambda line=line: self._calibrate(line)  # type: ignore[misc]
@@ -216,8 +218,10 @@ class Bench:
             "allgatherv": lambda: comm.allgatherv([data], [1] * comm.size),
             "alltoallv": lambda: comm.alltoallv([[data] * comm.size], [1] * comm.size),
         }
+        if size >= _LONG_PROBE:
+            del works["alltoallv"]
         for name, work in works.items():
-            for behind in (False, True) if self._overlap else (False,):
+            for behind in (False, True) if self._overlap and size < _LONG_PROBE else (False,):
                 took = self._timed(lambda b=behind, w=work: comm.post(w).result() if b else w())  # type: ignore[misc]
                 self.samples.setdefault((behind, name, size), []).append(took)
 
@@ -259,7 +263,11 @@ class Bench:
             own = {(name, size): times for (kind, name, size), times in taken.items() if kind == behind}
             samples: list[Sample] = [make[name](shape.ranks, size, median(times)) for (name, size), times in own.items()]
             a, b, error = costs.fit(samples)
-            networks[behind] = Network(a, b, shape.ranks, shape.nodes)
+            curves = {
+                name: sorted((size, median(times) / (shape.ranks - 1)) for (kind, size), times in own.items() if kind == name)
+                for name in make
+            }
+            networks[behind] = Network(a, b, shape.ranks, shape.nodes, curves)
             probes = [{"collective": name, "bytes": size, "seconds": times} for (name, size), times in own.items()]
             fitted.append({
                 "background": behind, "latency_seconds": a, "bandwidth_bytes": b, "relative_error": error,
@@ -290,8 +298,11 @@ class Bench:
         }
 
     def _meets(self, line: Line, networks: dict[bool, Network]) -> Network:
-        """The network as a contender uses it: all but a dense sum may travel in the background."""
-        return networks[self._overlap and line.contender.base != "dense" and isinstance(line.contender, ByExchange)]
+        """The network as a contender uses it: the last message blocks, a dense sum too; others may be in the background."""
+        contender = line.contender
+        if contender.base == "dense" or not isinstance(contender, ByExchange):
+            return networks[False]
+        return networks[self._overlap and costs.waves(networks[False], contender.load()) > 1]
 
     def _predictions(self, networks: dict[bool, Network], computes: dict[Any, Compute]) -> list[Json]:
         """For every group what each of its modes would take on more ranks, and where `sharded` begins to win."""
@@ -302,7 +313,7 @@ class Bench:
             if not isinstance(line.contender, ByExchange) or not line.repeats:
                 continue
             beside = [other for other in yardsticks if other.contender.sparsity in (None, line.contender.sparsity)]
-            behind, load = networks[self._overlap], line.contender.load()
+            behind, load = self._meets(line, networks), line.contender.load()
             models = {mode: Model(mode, networks[False] if mode == "dense" else behind, load, compute)
                       for mode in costs.MODES} | {
                 other.contender.mode: Model(

@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological", "upload__values": "fp32"},
 }  # fmt: skip
 LAYOUTS = {"1": (1, "default"), "2": (2, "default"), "4": (4, "default"), "mpich": (2, "mpich")}
+# Four ranks, two of them taken for a node: whole runs in which leaders of nodes speak for the others.
+NODES = ("int4", "int4 node", "int4 auto", "ef21", "download")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,18 @@ def test_the_exchange_changes_no_bit(trained: dict[str, Path], layout: str) -> N
             differing = [name for name in ours if name != "config" and ours[name] != theirs[name]]
             assert not differing, (other, differing)
             assert ours["config"] != theirs["config"]
+
+
+def test_whole_runs_over_two_nodes_change_no_bit(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder, config = train_all(trained, "1"), tmp_path / "empty.yaml"
+    config.write_text("")
+    steps = [{"argv": runs.train(config, tmp_path / name, **CASES[name])} for name in NODES]
+    for name, reports in zip(NODES, runs.play(steps, tmp_path, 4, extra={"FEDDIP_RANKS_PER_NODE": "2"}), strict=True):
+        assert [r["code"] for r in reports] == [0] * 4, (name, reports)
+        runs.assert_equal(folder / name, tmp_path / name)
+    for own, alone in zip(runs.lines(tmp_path / "int4 node"), runs.lines(tmp_path / "int4"), strict=True):
+        # The leaders send what is on their node once; without nodes every rank sends its own.
+        assert own["wire_bytes"] == alone["wire_bytes"] and own["received_bytes"] < alone["received_bytes"]
 
 
 FRAME = 56  # bytes around a message, whatever it carries

@@ -50,6 +50,20 @@ def test_transfers_by_hand() -> None:
     assert at_once["allgatherv"] == pytest.approx(2 * 3e-3 + 6e-3)
 
 
+def test_measured_lengths_stand_in_place_of_the_straight_line() -> None:
+    curve = [(10.0, 1e-3), (110.0, 2e-3), (1110.0, 4e-3)]  # ten times longer is three times slower
+    network = replace(NETWORK, probes={"allgatherv": curve})
+    seconds = {size: network.took("allgatherv", size) / 3 for size in (0, 10, 60, 110, 610, 1110, 2110)}
+    assert seconds == pytest.approx({0: 9e-4, 10: 1e-3, 60: 1.5e-3, 110: 2e-3, 610: 3e-3, 1110: 4e-3, 2110: 6e-3})
+    assert network.grown(7).took("allgatherv", 110) == pytest.approx(6 * 2e-3)
+    assert network.took("alltoallv", 110) == NETWORK.took("alltoallv", 110)  # not measured
+    # Two clients a rank, 1000 bytes each in two messages, one after the other; as long as that of one fourth of the sum.
+    times = costs.seconds(network, LOAD)
+    assert times["allgatherv"] == pytest.approx(4 * 3 * (2e-3 + 390 * 2e-6))
+    assert times["dense"] == pytest.approx(2 * 3 * (4e-3 + 140 * 2e-6 - 9e-4 / 2))
+    assert replace(NETWORK, probes={"allgatherv": [(10.0, 2e-3), (20.0, 1e-3)]}).took("allgatherv", 1e6) > 0
+
+
 def test_whole_exchanges_by_hand() -> None:
     transfer = costs.seconds(NETWORK, LOAD)
     common = {"encode": 0.2, "apply": 0.05}
