@@ -71,6 +71,10 @@ def select_largest(magnitude: Tensor, count: int) -> Tensor:
     return selected
 
 
+# How wide a bracket is tried first, and how wide then.
+_DEVIATIONS = (4, 16)
+
+
 @dataclass(frozen=True)
 class _Source:
     """What is selected from: floats [P], by |value| if they are signed, without those that bool [P] excludes."""
@@ -124,46 +128,62 @@ def _chosen(source: _Source, count: int) -> Iterator[tuple[slice, Tensor]]:
 def _cut(source: _Source, count: int) -> tuple[float, int, int]:
     """The `count`-th largest magnitude, how many of those equal to it are chosen, and how many there are.
 
-    A bracket from a sample, then one pass that keeps what lies within. If that does not contain it or is not small, the
-    answer is sought among all.
+    A bracket from a sample, then one pass that keeps what lies within. Where that does not contain it a wider bracket
+    follows, at last all magnitudes.
     """
-    above, near = _within(source, *_bracket(source, count))
-    if not above < count <= above + near.numel():
+    for deviations in _DEVIATIONS:
+        low, high = _bracket(source, count, deviations)
+        within = _within(source, low, high)
+        if within is None or within[0] >= count:
+            continue
+        above, near = within
+        if count <= above + near.numel():
+            break
+        # Many may be equal to the lower bound, above all to 0: weights that no gradient has reached.
+        equal = sum(_count(source.allowed(_compare(operator.eq, part, low), where)) for where, part in source.chunks())
+        if count <= above + near.numel() + equal:
+            return low, count - above - near.numel(), equal
+    else:
         above, near = 0, source.every(1)
     cut = float(_kth_largest_(near, count - above))
     parts = near.split(_chunk(near))
-    larger = above + sum(int(_compare(operator.gt, part, cut).count_nonzero()) for part in parts)
-    return cut, count - larger, sum(int(_compare(operator.eq, part, cut).count_nonzero()) for part in parts)
+    larger = above + sum(_count(_compare(operator.gt, part, cut)) for part in parts)
+    return cut, count - larger, sum(_count(_compare(operator.eq, part, cut)) for part in parts)
 
 
-def _bracket(source: _Source, count: int) -> tuple[float, float]:
-    """Two bounds with the `count`-th largest magnitude between them, unless the data repeat as the sample does.
+def _bracket(source: _Source, count: int, deviations: int) -> tuple[float, float]:
+    """Two bounds with the `count`-th largest magnitude in (low, high], unless the data repeat as the sample does.
 
     The sample is every so many-th value: no random numbers, and each layer is represented by its size. An odd stride
-    meets all rows and columns of tensors whose dimensions are powers of two.
+    meets all rows and columns of tensors whose dimensions are powers of two. `deviations` are standard deviations of the
+    rank in a random sample: neighbours are alike, so that a regular sample may be further off.
     """
     size, stride = source.values.numel(), isqrt(source.values.numel()) // 8 | 1
     sample = source.every(stride)
     rank = count / stride
-    margin = 1 + 4 * sqrt(rank * (1 - count / size))  # four standard deviations of the rank in a random sample
+    margin = 1 + deviations * sqrt(rank * (1 - count / size))
     first, last = int(rank - margin), int(rank + margin) + 1
     high = float(_kth_largest_(sample, first)) if first >= 1 else inf
     low = float(_kth_largest_(sample, last)) if last <= sample.numel() else -inf
     return low, high
 
 
-def _within(source: _Source, low: float, high: float) -> tuple[int, Tensor]:
-    """How many magnitudes lie above `high`, and a copy of those in [low, high]; of none if these are no longer few."""
+def _within(source: _Source, low: float, high: float) -> tuple[int, Tensor] | None:
+    """How many magnitudes lie above `high`, and a copy of those in (low, high]; None if these are no longer few."""
     above, found, room = 0, [source.values[:0]], source.values.numel() // 8
     for where, magnitude in source.chunks():
         over = source.allowed(_compare(operator.gt, magnitude, high), where)
-        near = source.allowed(_compare(operator.ge, magnitude, low), where).logical_xor_(over)
-        above += int(over.count_nonzero())
+        near = source.allowed(_compare(operator.gt, magnitude, low), where).logical_xor_(over)
+        above += _count(over)
         found.append(magnitude[_positions(near)])
         room -= found[-1].numel()
         if room < 0:
-            return 0, found[0]
+            return None
     return above, torch.cat(found)
+
+
+def _count(hits: Tensor) -> int:
+    return int(hits.count_nonzero())
 
 
 def _chunk(values: Tensor) -> int:

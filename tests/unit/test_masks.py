@@ -107,6 +107,18 @@ def test_usual_data_need_no_copy_of_everything(share: float, monkeypatch: pytest
     assert masks.select_largest(values.abs(), count).nonzero().squeeze(1).tolist() == expected
 
 
+@pytest.mark.parametrize("count", [900, 1000, 1500, 150_000])
+def test_zeros_need_no_copy_of_everything(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that no gradient has reached: the cut lies among or next to very many equal values."""
+    sample = masks._Source.every
+    monkeypatch.setattr(masks._Source, "every", lambda source, stride: sample(source, stride) if stride > 1 else 1 / 0)
+    values, generator = torch.zeros(200_000), torch.Generator().manual_seed(0)
+    values[torch.randperm(200_000, generator=generator)[:1000]] = torch.randn(1000, generator=generator)
+    expected = sorted_out(values.abs().numpy(), count)
+    assert masks.largest(values, count).tolist() == expected
+    assert masks.select_largest(values.abs(), count).nonzero().squeeze(1).tolist() == expected
+
+
 def test_selection_compares_doubles_as_doubles() -> None:
     values = torch.tensor([1.0, 1.0 + 1e-12, -1.0 - 2e-12, 1.0], dtype=torch.float64)
     assert masks.largest(values, 2).tolist() == [1, 2]
