@@ -68,9 +68,7 @@ class Network:
             return (self.ranks - 1) * (_STEPS[collective] * self.latency + size / self.bandwidth)
         upper = next((k for k in range(1, len(probes) - 1) if probes[k][0] >= size), len(probes) - 1)
         (short, soon), (long, late) = probes[upper - 1], probes[upper]
-        # Noise may make a longer message the faster one, which must not go on for ever.
-        slope = max(0.0, (late - soon) / (long - short))
-        return (self.ranks - 1) * (soon + slope * (size - short))
+        return (self.ranks - 1) * (soon + (late - soon) / (long - short) * (size - short))
 
 
 @dataclass(frozen=True)
@@ -252,6 +250,19 @@ def gathered(ranks: int, size: int, seconds: float) -> Sample:
 def exchanged(ranks: int, size: int, seconds: float) -> Sample:
     """A `Communicator.alltoallv` of `size` bytes from each rank to each."""
     return Sample(_STEPS["alltoallv"] * (ranks - 1), (ranks - 1) * size, seconds)
+
+
+def curve(ranks: int, times: Mapping[int, float]) -> list[tuple[float, float]]:
+    """`Network.probes` of a collective from the seconds of a call on so many ranks, by length.
+
+    A shorter message never takes longer than a longer one: where it was measured so, that was noise.
+    """
+    found: list[tuple[float, float]] = []
+    least = float("inf")
+    for size in sorted(times, reverse=True):
+        least = min(least, times[size] / (ranks - 1))
+        found.append((float(size), least))
+    return found[::-1]
 
 
 def fit(samples: Sequence[Sample]) -> tuple[float, float, float]:

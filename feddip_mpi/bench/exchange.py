@@ -264,7 +264,7 @@ class Bench:
             samples: list[Sample] = [make[name](shape.ranks, size, median(times)) for (name, size), times in own.items()]
             a, b, error = costs.fit(samples)
             curves = {
-                name: sorted((size, median(times) / (shape.ranks - 1)) for (kind, size), times in own.items() if kind == name)
+                name: costs.curve(shape.ranks, {size: median(times) for (kind, size), times in own.items() if kind == name})
                 for name in make
             }
             networks[behind] = Network(a, b, shape.ranks, shape.nodes, curves)

@@ -61,7 +61,14 @@ def test_measured_lengths_stand_in_place_of_the_straight_line() -> None:
     times = costs.seconds(network, LOAD)
     assert times["allgatherv"] == pytest.approx(4 * 3 * (2e-3 + 390 * 2e-6))
     assert times["dense"] == pytest.approx(2 * 3 * (4e-3 + 140 * 2e-6 - 9e-4 / 2))
-    assert replace(NETWORK, probes={"allgatherv": [(10.0, 2e-3), (20.0, 1e-3)]}).took("allgatherv", 1e6) > 0
+
+
+def test_noise_makes_no_prediction_fall_below_zero() -> None:
+    measured = {8: 4.1e-3, 16_384: 2.3e-3, 262_144: 13e-3}  # the shortest was not the fastest
+    assert costs.curve(4, measured) == [(8, 2.3e-3 / 3), (16_384, 2.3e-3 / 3), (262_144, 13e-3 / 3)]
+    network = replace(NETWORK, probes={"allgatherv": costs.curve(4, measured)})
+    times = [costs.seconds(network.grown(ranks), replace(LOAD, reduced=1e8))["dense"] for ranks in costs.powers()]
+    assert all(time > 0 for time in times)
 
 
 def test_whole_exchanges_by_hand() -> None:
