@@ -127,7 +127,9 @@ def main() -> None:
 
     started = time.time()
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda c: run_cell(folder_of(*c), grid[c[0]], c[1], options.rounds, not options.report), cells))
+        results = list(
+            pool.map(lambda c: run_cell(folder_of(*c), grid[c[0]], c[1], options.rounds, not options.report), cells)
+        )
     table: dict[str, dict] = {}
     for (name, seed), summary in zip(cells, results, strict=True):
         row = table.setdefault(name, {"overrides": grid[name], "seeds": {}})

@@ -99,7 +99,12 @@ def main() -> None:
         for share in (0.0, 0.02, 0.2):
             for compress in (False, True):
                 upload = Upload(kind, regrow=round(share * support.count), compress=compress)
-                row = {"values": kind, "regrow": share, "zstd": compress, **case(options.size, support, upload, options.repeats)}
+                row = {
+                    "values": kind,
+                    "regrow": share,
+                    "zstd": compress,
+                    **case(options.size, support, upload, options.repeats),
+                }
                 rows.append(row)
                 print(row, flush=True)
     result = {

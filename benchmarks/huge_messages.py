@@ -38,7 +38,9 @@ def alltoallv(comm: Communicator, size: int) -> int:
     last, nothing = comm.size - 1, np.zeros(0, np.uint8)
     parts = [payload(comm.rank, size) if rank == last else nothing for rank in range(comm.size)]
     got = comm.alltoallv([parts], [1] * comm.size)
-    assert all(np.array_equal(part, payload(rank, size) if comm.rank == last else nothing) for rank, part in enumerate(got))
+    assert all(
+        np.array_equal(part, payload(rank, size) if comm.rank == last else nothing) for rank, part in enumerate(got)
+    )
     return size * comm.size
 
 

@@ -182,7 +182,9 @@ def load(path: Path) -> Loaded:
         try:
             return _read(path, reader, attributes)
         except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
-            raise DamagedFileError(f"{path}: not a checkpoint of this program ({error!r} is missing or wrong)") from None
+            raise DamagedFileError(
+                f"{path}: not a checkpoint of this program ({error!r} is missing or wrong)"
+            ) from None
 
 
 def check_format(reader: Reader) -> dict[str, Any]:

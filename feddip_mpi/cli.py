@@ -203,7 +203,9 @@ def bench() -> None:
 @click.option("--model", metavar="NAME", help="Weights of this model (a name, or package.module:function).")
 @click.option("--size", type=int, metavar="N", help="Weights, all prunable, in place of a model.  [default: 2000000]")
 @click.option("--sparsity", type=float, multiple=True, metavar="S", help="Share of zeros; repeatable.  [default: 0.95]")
-@click.option("--values", multiple=True, metavar="KIND", help="fp32, fp16, bf16, int8, int4; repeatable.  [default: int8]")
+@click.option(
+    "--values", multiple=True, metavar="KIND", help="fp32, fp16, bf16, int8, int4; repeatable.  [default: int8]"
+)
 @click.option(
     "--modes",
     multiple=True,

@@ -226,7 +226,9 @@ def read(frame: np.ndarray, support: Support, size: int, round: int) -> Piece:
     try:
         return _read_body(frame, head, support.whole() if head.dense else support, size)
     except ValueError as error:
-        raise PeerError(f"{head.name(round)}: a frame of {frame.size} bytes does not fit this model ({error})") from None
+        raise PeerError(
+            f"{head.name(round)}: a frame of {frame.size} bytes does not fit this model ({error})"
+        ) from None
 
 
 def _read_body(frame: np.ndarray, head: _Header, carried: Support, size: int) -> Piece:

@@ -53,9 +53,7 @@ class Communicator:
             A broadcast counts as sent once by its root; an allgather as sent once by each rank.
     """
 
-    def __init__(
-        self, handle: Any, message_limit: int = MESSAGE_LIMIT, ranks_per_node: int | None = None
-    ) -> None:
+    def __init__(self, handle: Any, message_limit: int = MESSAGE_LIMIT, ranks_per_node: int | None = None) -> None:
         """Wrap an MPI communicator.
 
         Args:
@@ -249,7 +247,9 @@ class Communicator:
         self._node_fence(window)
         whole = shared[: sum(rank_bytes)].copy()
         self._node_fence(window)  # nobody writes the next messages before all have read these
-        by_rank = [_cut(whole[starts[rank] : starts[rank] + rank_bytes[rank]], lengths[rank]) for rank in range(self.size)]
+        by_rank = [
+            _cut(whole[starts[rank] : starts[rank] + rank_bytes[rank]], lengths[rank]) for rank in range(self.size)
+        ]
         return [payload for own in by_rank for payload in own]
 
     def allreduce(self, values: np.ndarray, blocking: bool = True) -> np.ndarray:
@@ -261,7 +261,9 @@ class Communicator:
                 is faster differs.
         """
         if values.dtype != np.float32:
-            raise TypeError(f"only float32 is ever reduced by MPI, not {values.dtype}: bfloat16 sums are silently wrong")
+            raise TypeError(
+                f"only float32 is ever reduced by MPI, not {values.dtype}: bfloat16 sums are silently wrong"
+            )
         out = np.empty_like(values)
         step = self._limit // values.itemsize
         for start in range(0, values.size, step):

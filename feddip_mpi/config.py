@@ -137,7 +137,10 @@ class UploadConfig(_Section):
         "masked", description="which prunable coordinates travel: those in the mask (plus regrow), or all"
     )
     regrow: float = Field(
-        0.02, ge=0, le=1e6, description="coordinates sent from outside the mask (mode: masked), as a fraction of the kept weights"
+        0.02,
+        ge=0,
+        le=1e6,
+        description="coordinates sent from outside the mask (mode: masked), as a fraction of the kept weights",
     )
     regrow_schedule: Literal["constant", "linear"] = Field(
         "linear", description="constant, or falling linearly to 0 at the last mask update"
@@ -233,7 +236,8 @@ class Config(_Section):
         "on", description="on: pruned mass is remembered; off: only the pruned model is; published: masks nest"
     )
     exchange: Literal["allgatherv", "sharded", "node", "dense", "auto"] = Field(
-        "allgatherv", description="how updates reach all ranks; the first three give the same bits, auto picks one of them"
+        "allgatherv",
+        description="how updates reach all ranks; the first three give the same bits, auto picks one of them",
     )
     overlap: bool = Field(True, description="messages travel while the next ones are made")
     data: DataConfig = Field(default_factory=DataConfig, description="the data and its partition")

@@ -133,7 +133,8 @@ def seconds(network: Network, load: Load) -> dict[str, float]:
     lengths = network.took("allgatherv", 0) / 2  # which an Allreduce has not
     return {
         "allgatherv": count * network.took("allgatherv", a_rank),
-        "sharded": count * network.took("alltoallv", a_rank / ranks) + network.took("allgatherv", load.download / ranks),
+        "sharded": count * network.took("alltoallv", a_rank / ranks)
+        + network.took("allgatherv", load.download / ranks),
         "node": count * (ranks + nodes - 2) * a + uploads * (nodes - 1) / nodes / (b * ranks / nodes),
         "dense": 2 * (network.took("allgatherv", load.reduced / ranks) - lengths),
     }
@@ -238,7 +239,10 @@ def network(
     """From what is configured and, where that is None, what was measured (see `measure`)."""
     a, b = measured or (0.0, 0.0)
     return Network(
-        a if latency_us is None else latency_us * 1e-6, b if bandwidth_mbit is None else bandwidth_mbit * 125e3, ranks, nodes
+        a if latency_us is None else latency_us * 1e-6,
+        b if bandwidth_mbit is None else bandwidth_mbit * 125e3,
+        ranks,
+        nodes,
     )
 
 
@@ -300,9 +304,7 @@ def measure(comm: Communicator, background: bool) -> tuple[float, float]:
 
     if comm.size == 1:
         return 0.0, float("inf")
-    samples = [
-        gathered(comm.size, size, _median(functools.partial(probe, size))) for size in (8, _PROBE_BYTES)
-    ]
+    samples = [gathered(comm.size, size, _median(functools.partial(probe, size))) for size in (8, _PROBE_BYTES)]
     return fit(samples)[:2]
 
 

@@ -351,5 +351,3 @@ def slices(support: Support, size: int, ranks: int, kind: str) -> list[int]:
             bound = support.size + round((cost - kept) / 4)
         bounds.append(max(bounds[-1], bound))
     return [*bounds, size]
-
-

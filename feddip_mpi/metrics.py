@@ -79,7 +79,9 @@ FIELDS: dict[str, Field] = {
         }.items()
     },
     "residual_bytes": Field("int", "ranks", "residuals that moved with their client to another rank"),
-    "control_bytes": Field("int", "ranks", "digest of the plan, status and scores of the round handed to MPI, all ranks"),
+    "control_bytes": Field(
+        "int", "ranks", "digest of the plan, status and scores of the round handed to MPI, all ranks"
+    ),
     "train_seconds": Field("float", "clock", "local training, slowest rank"),
     "encode_seconds": Field("float", "clock", "encoding, slowest rank"),
     "wait_seconds": Field("float", "clock", "waiting for the slowest rank before the exchange, largest"),

@@ -73,9 +73,7 @@ def initial_state(federation: Federation) -> State:
     mask = methods.initial_mask(config, layout, federation.initial, saliency)
     weights = server.pruned(federation.initial, mask)
     reference = torch.zeros_like(weights[: layout.prunable]) if methods.uses_reference(config) else None
-    return State(
-        Server.of(0, weights, mask), {}, initial_holders(config.clients, federation.comm.size), reference
-    )
+    return State(Server.of(0, weights, mask), {}, initial_holders(config.clients, federation.comm.size), reference)
 
 
 def initial_holders(clients: int, ranks: int) -> list[int]:
@@ -105,7 +103,9 @@ def run(
     config, comm = federation.config, federation.comm
     choice, life = Choice(federation), life or Life()
     if config.overlap and comm.size > 1 and not comm.open_background():
-        log.info("overlap: this MPI library lets one thread call it (%s): messages wait for the end", comm.thread_level())
+        log.info(
+            "overlap: this MPI library lets one thread call it (%s): messages wait for the end", comm.thread_level()
+        )
     while state.server.round < config.rounds:
         started = time.perf_counter()
         life.enter("plan", state.server.round)

@@ -90,7 +90,9 @@ class Lock:
         except OSError as error:  # some network file systems have no locks
             log.warning("%s: no lock on this file system (%s): start no second job in this folder", folder.path, error)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n"
+        )
         self._file.flush()
 
     def release(self) -> None:

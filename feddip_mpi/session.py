@@ -319,7 +319,9 @@ def summarise(built: Federation, history: Sequence[Record], accuracy: float, mem
         "upload_bytes": uploaded,
         "dense_bytes": dense,
         "exchange": built.config.exchange,
-        "upload_bytes_by_kind": {kind: sum(r[f"upload_{kind}_bytes"] for r in history) for kind in rounds.KINDS_OF_BYTES},
+        "upload_bytes_by_kind": {
+            kind: sum(r[f"upload_{kind}_bytes"] for r in history) for kind in rounds.KINDS_OF_BYTES
+        },
         "download_bytes": sum(r[f"download_{kind}_bytes"] or 0 for r in history for kind in rounds.KINDS_OF_BYTES),
         "wire_bytes": sum(r["wire_bytes"] for r in history),
         "received_bytes": sum(r["received_bytes"] for r in history),

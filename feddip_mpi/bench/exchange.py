@@ -261,10 +261,14 @@ class Bench:
         networks, fitted = {}, []
         for behind in sorted({key[0] for key in taken}):
             own = {(name, size): times for (kind, name, size), times in taken.items() if kind == behind}
-            samples: list[Sample] = [make[name](shape.ranks, size, median(times)) for (name, size), times in own.items()]
+            samples: list[Sample] = [
+                make[name](shape.ranks, size, median(times)) for (name, size), times in own.items()
+            ]
             a, b, error = costs.fit(samples)
             curves = {
-                name: costs.curve(shape.ranks, {size: median(times) for (kind, size), times in own.items() if kind == name})
+                name: costs.curve(
+                    shape.ranks, {size: median(times) for (kind, size), times in own.items() if kind == name}
+                )
                 for name in make
             }
             networks[behind] = Network(a, b, shape.ranks, shape.nodes, curves)

@@ -18,8 +18,12 @@ def show(result: Json) -> None:
     """Print everything."""
     terminal.print_tables(
         headline(result),
-        table("Whole exchange, encode to averaged result (ms; slowest rank, median of the repeats)", seconds_rows(result)),
-        table("Where the time goes (ms; slowest rank of each phase; transfer runs beside the others)", phase_rows(result)),
+        table(
+            "Whole exchange, encode to averaged result (ms; slowest rank, median of the repeats)", seconds_rows(result)
+        ),
+        table(
+            "Where the time goes (ms; slowest rank of each phase; transfer runs beside the others)", phase_rows(result)
+        ),
         table("Bytes of the busiest rank, and times fewer than dense-allreduce (received)", byte_rows(result)),
         *(part for group in result["predicted"] for part in _predicted(group)),
         *remarks(result),
@@ -134,7 +138,10 @@ def _predicted(group: Json) -> list[Any]:
     ranks = group["crossover_ranks"]
     wins = f"from {ranks} ranks on" if ranks else "on no number of ranks up to the last"
     return [
-        table(f"PREDICTED seconds of a whole exchange for more ranks on such a network (ms; {what})", predicted_rows(group)),
+        table(
+            f"PREDICTED seconds of a whole exchange for more ranks on such a network (ms; {what})",
+            predicted_rows(group),
+        ),
         f"predicted: with as many clients a rank as here sharded wins over allgatherv {wins}",
     ]
 

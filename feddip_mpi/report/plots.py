@@ -190,7 +190,10 @@ def _draw_cases(panel: Axes, cases: Sequence[Row]) -> None:
         " ".join(filter(None, (case["mode"], _short(case["sparsity"]), case["values"], _short(case["download"], "/"))))
         for case in cases
     ]
-    for shift, key, colour, label in ((-0.2, "times_faster", BLUE, "seconds"), (0.2, "times_fewer_bytes", GREEN, "bytes")):
+    for shift, key, colour, label in (
+        (-0.2, "times_faster", BLUE, "seconds"),
+        (0.2, "times_fewer_bytes", GREEN, "bytes"),
+    ):
         ratios = np.array([case[key] or 1.0 for case in cases])
         panel.barh(places + shift, ratios - 1, left=1, height=0.36, color=colour, label=label)
         for place, ratio, case in zip(places, ratios, cases, strict=True):
@@ -228,7 +231,9 @@ def _draw_predicted(panel: Axes, result: Mapping[str, Any]) -> None:
             and case["sparsity"] in (None, group["sparsity"])
             and case["values"] in (None, group["values"])
         ]
-        panel.plot([result["ranks"]] * len(measured), measured, color=colour, linestyle="none", marker="o", markersize=7)
+        panel.plot(
+            [result["ranks"]] * len(measured), measured, color=colour, linestyle="none", marker="o", markersize=7
+        )
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     _plain_log(panel.xaxis)

@@ -27,15 +27,15 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_interfaces_count_what_the_run_counts(
-    make_hosts: Callable[[int, str], Hosts], tmp_path: Path
-) -> None:
+def test_interfaces_count_what_the_run_counts(make_hosts: Callable[[int, str], Hosts], tmp_path: Path) -> None:
     """Within 5 % and 64 KiB a round: packet headers, acknowledgements and MPI's own words are what is left."""
     config = tmp_path / "empty.yaml"
     config.write_text("")
     argv = []
     for name, changes in RUNS.items():
-        words = [word for key, value in {**SETTINGS, **changes}.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        words = [
+            word for key, value in {**SETTINGS, **changes}.items() for word in ("--set", f"{key}={json.dumps(value)}")
+        ]
         argv.append(["train", str(config), "--out", str(tmp_path / name), *words])
     (tmp_path / "runs.json").write_text(json.dumps(argv))
     program = [str(PROGRAMS / "counted.py"), str(tmp_path / "runs.json"), str(tmp_path / "result.json")]

@@ -192,7 +192,9 @@ def test_a_second_job_in_a_run_folder_is_refused(never_stopped: Path, tmp_path: 
     holder = run_folder.Lock(run_folder.RunFolder(run))
     done = launch.run([*launch.FEDDIP, "resume", str(run), "--set", "rounds=31"]).expect(2)
     assert "another job is at work in this run folder (process " in done.text
-    after = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file() and path.name != ".lock")
+    after = sorted(
+        (path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file() and path.name != ".lock"
+    )
     assert after == [entry for entry in before if entry[0].name != ".lock"]
     holder.release()
     launch.run([*launch.FEDDIP, "resume", str(run), "--set", "rounds=41"]).expect(0)

@@ -100,5 +100,7 @@ def test_the_penalty_follows_the_pruning_error_of_a_cut(error: float, scale: flo
 def test_regrow_follows_the_upload_budget(used: int, indices: int, updated: int, scale: float, expected: float) -> None:
     """Rounds that sent no regrow coordinates say nothing about them."""
     config = settings(control={"upload_bytes": 100})
-    records = history([1.0], upload_bytes=5 * used, upload_indices_bytes=indices, mask_updated=updated, regrow_scale=scale)
+    records = history(
+        [1.0], upload_bytes=5 * used, upload_indices_bytes=indices, mask_updated=updated, regrow_scale=scale
+    )
     assert control.decide(config, records).regrow_scale == pytest.approx(expected)

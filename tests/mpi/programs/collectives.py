@@ -114,7 +114,9 @@ def check_alltoallv(comm: Communicator) -> None:
     for case in _CASES:
         lengths = [case(rank, comm.size) for rank in range(comm.size)]
         mine = [[_part(comm.rank, i, t, n + 3 * t) for t in range(comm.size)] for i, n in enumerate(lengths[comm.rank])]
-        expected = [_part(r, i, comm.rank, n + 3 * comm.rank) for r, own in enumerate(lengths) for i, n in enumerate(own)]
+        expected = [
+            _part(r, i, comm.rank, n + 3 * comm.rank) for r, own in enumerate(lengths) for i, n in enumerate(own)
+        ]
         for limit in (1, 64, 2**20):
             other = Communicator(comm._handle, message_limit=limit)
             got = other.alltoallv(mine, [len(own) for own in lengths])
