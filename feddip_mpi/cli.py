@@ -194,6 +194,79 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
     _under_mpi(lambda comm: doctors.examine(comm, target, overrides, as_json))
 
 
+@cli.command()
+@click.argument("target", metavar="CONFIG or DIR")
+@_SETTINGS
+@click.option("--ranks", default="1,2,4", metavar="P,P,...", help="Rank counts.  [default: 1,2,4]")
+@click.option("--kind", type=click.Choice(["strong", "weak", "both"]), default="both", help="[default: both]")
+@click.option(
+    "--out", metavar="DIR", help="Folder of the study; one that exists is gone on with.  [default: runs/study-NAME]"
+)
+@click.option("--repeats", type=click.IntRange(1, 99), default=1, metavar="N", help="Runs of each cell.  [default: 1]")
+@click.option("--rounds", type=click.IntRange(min=1), default=12, metavar="N", help="Of each run.  [default: 12]")
+@click.option(
+    "--warm-up", type=click.IntRange(min=0), default=2, metavar="N", help="First rounds not counted.  [default: 2]"
+)
+@click.option(
+    "--per-rank", type=click.IntRange(min=1), default=1, metavar="K", help="weak: participants a rank.  [default: 1]"
+)
+@click.option(
+    "--launcher",
+    default="",
+    metavar="COMMAND",
+    help='As in "mpirun -n {ranks}".  [default: srun in a job, else mpirun]',
+)
+@click.option("--ranks-per-node", type=click.IntRange(min=1), metavar="N", help="For the cost model and the scripts.")
+@click.option(
+    "--cores", type=click.IntRange(min=1), metavar="N", help="That all ranks share, where they are simulated hosts."
+)
+@click.option("--note", default="", metavar="TEXT", help="Stands on everything shown and drawn.")
+@click.option("--scripts", is_flag=True, help="Write submit.sh for Slurm in place of running.")
+@click.option("--collect", is_flag=True, help="Report what is there, run nothing; with a DIR this is the default.")
+@_JSON
+def study(
+    target: str,
+    overrides: tuple[str, ...],
+    ranks: str,
+    kind: str,
+    out: str | None,
+    repeats: int,
+    rounds: int,
+    warm_up: int,
+    per_rank: int,
+    launcher: str,
+    ranks_per_node: int | None,
+    cores: int | None,
+    note: str,
+    scripts: bool,
+    collect: bool,
+    as_json: bool,
+) -> None:
+    """Measure how a run scales, and predict more ranks.
+
+    strong: the same run on each number of ranks. weak: --per-rank participants for each rank; nothing else grows.
+    Runs are started here, without mpirun before this command; finished ones are kept. Tables, CSV, JSON, LaTeX and
+    pictures go to the folder.
+
+    feddip-mpi study CONFIG --ranks 1,2,4,8
+    """
+    from feddip_mpi import study as studies
+
+    settings = studies.Settings(
+        ranks=studies.rank_counts(ranks),
+        kinds=("strong", "weak") if kind == "both" else (kind,),
+        repeats=repeats,
+        rounds=rounds,
+        warm_up=warm_up,
+        per_rank=per_rank,
+        launcher=launcher,
+        cores=cores,
+        ranks_per_node=ranks_per_node,
+        note=note,
+    )
+    studies.work(target, overrides, settings, out, scripts, collect, as_json)
+
+
 @cli.group()
 def bench() -> None:
     """Measure what a part of the program costs here."""

@@ -6,8 +6,11 @@ import faulthandler
 import logging
 import os
 import resource
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -79,6 +82,53 @@ def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None
         f"the launcher started {launched} ranks ({variable}), but MPI sees 1 rank: the launcher does not fit the MPI "
         "library that mpi4py loads (`feddip-mpi doctor` names it); use the mpirun or mpiexec that belongs to it"
     )
+
+
+def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs in a job of Slurm."""
+    return "SLURM_JOB_ID" in environment
+
+
+def default_launcher(crowded: bool, environment: Mapping[str, str] = os.environ) -> str:
+    """The command that starts {ranks} ranks here: srun in an allocation, else the mpirun of this Python or of PATH.
+
+    Args:
+        crowded: more ranks than cores will be started; those that wait must let others work.
+
+    Raises:
+        InputError: there is none.
+    """
+    if in_allocation(environment) and shutil.which("srun"):
+        return "srun --mpi=pmix --ntasks={ranks}"
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
+    if not found:
+        raise InputError('no mpirun on PATH: load the MPI module, or say --launcher "COMMAND -n {ranks}"')
+    shown = subprocess.run([found, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
+    command = f"{shlex.quote(found)} -n {{ranks}}"
+    if "Open MPI" in shown:
+        # Its slots are cores, and it would bind ranks with several threads to one of them.
+        command += " --oversubscribe --bind-to none" + " --mca mpi_yield_when_idle 1" * crowded
+    return command
+
+
+def launch_environment(threads: int, ours: bool) -> dict[str, str]:
+    """The environment of a launcher that this process starts; what the user has set stays.
+
+    Args:
+        threads: OpenMP threads a rank.
+        ours: the launcher is `default_launcher`'s: where this is root, Open MPI is told that this is meant, as
+            jobs/mpirun.sh does.
+    """
+    # As in jobs/lib.sh, which says why.
+    chosen = {
+        "OMP_NUM_THREADS": str(threads),
+        "MALLOC_MMAP_THRESHOLD_": "1073741824",
+        "MALLOC_TRIM_THRESHOLD_": "9223372036854775807",
+    }
+    if ours and os.geteuid() == 0:
+        chosen |= {f"{tool}_ALLOW_RUN_AS_ROOT{end}": "1" for tool in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
+    return chosen | dict(os.environ)
 
 
 def prepare_mpi() -> None:
@@ -247,7 +297,12 @@ def hardware() -> dict[str, str | int]:
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     except OSError:
         pass
-    return {"host": socket.gethostname(), "processor": model, "cores": len(os.sched_getaffinity(0))}
+    return {"host": socket.gethostname(), "processor": model, "cores": cores()}
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
 def process() -> dict[str, Any]:
