@@ -14,7 +14,7 @@ OUT=$(realpath -m "${1:-runs/scaling-study}")
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 HOSTS=$TOP/benchmarks/hosts.sh
 read -ra TIMED <<<"${TIMED:-}"
-SHARED_CORES=$(nproc)
+SHARED_CORES=$(env -u OMP_NUM_THREADS nproc) # which would tell the variable otherwise
 STUDY=(python -m feddip_mpi study "$TOP/benchmarks/scaling.yaml" --rounds "${ROUNDS:-7}" --warm-up 1 --cores "$SHARED_CORES")
 cd "$TOP"
 

@@ -263,8 +263,9 @@ def study(
         cores=cores,
         ranks_per_node=ranks_per_node,
         note=note,
+        scripts=scripts,
     )
-    studies.work(target, overrides, settings, out, scripts, collect, as_json)
+    studies.work(target, overrides, settings, out, collect, as_json)
 
 
 @cli.group()

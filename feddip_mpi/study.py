@@ -44,9 +44,10 @@ class Settings:
         warm_up: first rounds that do not count.
         per_rank: participants of each rank in a weak study.
         launcher: command before the program, with {ranks}; "": found at each start.
-        cores: that all ranks share, where that is known to be fewer than ranks; None: see `shared_cores`.
+        cores: that all ranks share, where they are known; None: this machine's if it is, else one a rank.
         ranks_per_node: how nodes are filled; None: all ranks on one.
         note: stands on everything that is shown.
+        scripts: the runs are jobs of submit.sh, not started here.
     """
 
     ranks: tuple[int, ...] = (1, 2, 4)
@@ -59,6 +60,7 @@ class Settings:
     cores: int | None = None
     ranks_per_node: int | None = None
     note: str = ""
+    scripts: bool = False
 
     def cells(self) -> Iterator[Cell]:
         """Strong before weak, fewest ranks first."""
@@ -90,7 +92,6 @@ def work(
     overrides: Sequence[str],
     settings: Settings,
     out: str | None,
-    scripts: bool,
     only_collect: bool,
     as_json: bool,
 ) -> None:
@@ -109,14 +110,14 @@ def work(
         )
     failure = None
     if Path(target).is_dir():
-        if scripts:
+        if settings.scripts:
             raise InputError(f"--scripts {target}: is a folder; name the configuration to study")
         folder = Path(target)
     elif only_collect:
         raise InputError(f"--collect {target}: no such folder; name the folder of a study")
     else:
         folder = prepare(target, overrides, settings, out)
-        if scripts:
+        if settings.scripts:
             path = write_script(folder, load(folder), config.load(folder / "config.yaml"))
             terminal.say(f"written: {path}; submit it with `bash {path} --time=30`, it collects into {folder}")
             return
@@ -125,7 +126,7 @@ def work(
         except FeddipError as error:
             failure = error
     if failure is None or any(RunFolder(folder / cell.name).finished.exists() for cell in load(folder).cells()):
-        result = collect(folder)
+        result = collect(folder, settings)
         written = report.save(result, folder)
         (terminal.print_json if as_json else report.show)(result)
         terminal.note(f"saved: {', '.join(map(str, written))}")
@@ -199,28 +200,36 @@ def _joined(before: Settings, now: Settings) -> Settings:
     )
 
 
-def load(folder: Path) -> Settings:
-    """The settings of a study; those of a folder of runs without a study.json follow from the names of its runs."""
+def load(folder: Path, given: Settings | None = None) -> Settings:
+    """The settings of a study; without a study.json those that are given, and the names of its runs."""
+    given = given or Settings()
     path = folder / "study.json"
     if not path.exists():
         found = [match for run in folder.iterdir() if (match := _CELL.fullmatch(run.name)) and run.is_dir()]
         if not found:
             raise InputError(f"{folder}: holds no study: no study.json, and no run named like strong-4 or weak-4")
-        return Settings(
+        return replace(
+            given,
             ranks=tuple(sorted({int(match[2]) for match in found})),
             kinds=tuple(kind for kind in scaling.KINDS if any(match[1] == kind for match in found)),
             repeats=max(int(match[3] or 1) for match in found),
+            launcher=given.launcher or "unknown",
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name: values[field.name] for field in fields(Settings)}
+        known = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
         settings = Settings(**known | {"ranks": tuple(known["ranks"]), "kinds": tuple(known["kinds"])})
         list(settings.cells())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: is no study of this program ({type(error).__name__}: {error}); start one with --out"
         ) from None
-    return settings
+    return replace(
+        settings,
+        cores=given.cores or settings.cores,
+        ranks_per_node=given.ranks_per_node or settings.ranks_per_node,
+        note=given.note or settings.note,
+    )
 
 
 # Running
@@ -314,13 +323,17 @@ def _last_line(log: Path) -> str:
 # Collecting
 
 
-def collect(folder: Path) -> Json:
+def collect(folder: Path, given: Settings) -> Json:
     """Everything that the finished runs of a study say, in JSON values.
+
+    Args:
+        given: what the command line says; it counts where the folder has no study.json, and `cores`, `ranks_per_node`
+            and `note` count in any case.
 
     Raises:
         InputError: none is finished, or a file of theirs cannot be read.
     """
-    settings = load(folder)
+    settings = load(folder, given)
     cells = list(settings.cells())
     done = [cell for cell in cells if RunFolder(folder / cell.name).finished.exists()]
     points, facts = [], []
@@ -378,7 +391,7 @@ def _place(settings: Settings, facts: Sequence[Json], points: Sequence[scaling.P
     if mode == "auto":  # which mode it chose shows in the bytes only where sums were handed on
         mode = "sharded" if all(p.work.download for p in points if p.ranks > 1) else "allgatherv"
     cores = settings.cores
-    if cores is None and settings.launcher == "" and not runtime.in_allocation():
+    if cores is None and not settings.launcher and not settings.scripts and not runtime.in_allocation():
         cores = facts[0]["hardware"]["cores"]  # all ranks were on this machine
     return scaling.Place(mode, settings.ranks_per_node, cores)
 

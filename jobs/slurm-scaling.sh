@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Strong and weak scaling: short runs on a list of rank counts, seconds a round by phase into STUDY/scaling.csv.
+# Strong and weak scaling: short runs on a list of rank counts; what they say goes into STUDY/scaling.csv and beside it, as
+# from `feddip-mpi study`, which also writes a script that sets the settings below and calls this one (--scripts).
 #
 #   bash jobs/slurm-scaling.sh --time=30           one job a rank count, with options of sbatch; a last job collects
 #   sbatch --nodes=4 jobs/slurm-scaling.sh         one job for all, one rank count after the other
-#   bash jobs/slurm-scaling.sh collect             the CSV again, from what is there
+#   bash jobs/slurm-scaling.sh collect             the report again, from what is there
 #
 # strong: the same run on more ranks. weak: each rank has the same number of participants, so a round has more of them.
 # Submitted again, it runs what is still missing.
@@ -23,6 +24,7 @@
 RANK_COUNTS=${RANK_COUNTS:-1 2 4 8}
 RANKS_PER_NODE=${RANKS_PER_NODE:-4}    # as in --ntasks-per-node
 KINDS=${KINDS:-strong weak}
+REPEATS=${REPEATS:-1}                  # runs of each point
 ROUNDS=${ROUNDS:-12}
 WARM_UP=${WARM_UP:-2}                  # first rounds that do not count
 STRONG_PARTICIPANTS=${STRONG_PARTICIPANTS:-8}
@@ -44,18 +46,30 @@ source jobs/lib.sh || exit 2
 
 nodes_for() { echo $((($1 + RANKS_PER_NODE - 1) / RANKS_PER_NODE)); }
 
-# One run of the study: kind, ranks, then options of `train`.
+# The runs of one point: kind, ranks, then options of `train`.
 point() {
-    local kind=$1 participants=$STRONG_PARTICIPANTS
-    RANKS=$2
+    local repeat outcome=0
+    for ((repeat = 1; repeat <= REPEATS; repeat++)); do
+        repeat_point "$repeat" "$@" || outcome=$?
+        ((outcome != 75)) || break # stopped: this job goes on when it has been requeued
+    done
+    return "$outcome"
+}
+
+repeat_point() {
+    local kind=$2 participants=$STRONG_PARTICIPANTS
+    RANKS=$3
     RUN=$STUDY/$kind-$RANKS
+    (($1 == 1)) || RUN+=.$1
     [[ $kind == strong ]] || participants=$((WEAK_PARTICIPANTS * RANKS))
     # As few nodes as hold the ranks; mpirun fills them in this way by itself.
     [[ $LAUNCHER == srun ]] && LAUNCH_OPTIONS=("${launch_options[@]}" "--nodes=$(nodes_for "$RANKS")")
-    run_job "${@:3}" --set "rounds=$ROUNDS" --set "participants=$participants"
+    run_job "${@:4}" --set "rounds=$ROUNDS" --set "participants=$participants"
 }
 
-collect() { python jobs/collect.py "$STUDY" --warm-up "$WARM_UP" --out "$STUDY/scaling.csv"; }
+collect() {
+    python -m feddip_mpi study "$STUDY" --collect --warm-up "$WARM_UP" --ranks-per-node "$RANKS_PER_NODE" --per-rank "$WEAK_PARTICIPANTS"
+}
 
 # One job for every point, and one that collects when all have ended.
 submit_all() {
@@ -86,9 +100,12 @@ else
     prepare_environment
     for kind in $KINDS; do
         for ranks in $RANK_COUNTS; do
-            point "$kind" "$ranks" "$@" || exit
+            code=0
+            point "$kind" "$ranks" "$@" || code=$?
+            ((code != 75)) || exit 75
+            ((code == 0)) || failed=$code # the others are run all the same
         done
     done
-    collect
+    collect && exit "${failed:-0}"
 fi
 exit
