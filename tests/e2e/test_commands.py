@@ -258,15 +258,20 @@ def test_doctor_alone(trained: Path, feddip: Command) -> None:
     assert (row["rank"], row["ranks"], row["device"], row["omp_num_threads"]) == (0, 1, "cpu", "1")
     assert row["memory_available_bytes"] > 0 and row["cores"]
     assert found["folder"]["path"] == str(trained) and found["folder"]["writable"]
-    assert not any(verdict["broken"] for verdict in found["verdicts"])
+    assert {verdict["level"] for verdict in found["verdicts"]} <= {"PASS", "WARN"}
+    assert row["lock"] == "works" and found["needs"]["disk_bytes"] > found["needs"]["one_checkpoint_bytes"] > 0
 
 
 @pytest.mark.mpi
 def test_doctor_gathers_all_ranks(tiny_config: Path, feddip: Command) -> None:
     done = feddip("doctor", str(tiny_config), "--json", ranks=2)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["ranks"]
+    found = json.loads(done.stdout)
+    rows = found["ranks"]
     assert [row["rank"] for row in rows] == [0, 1]
+    assert rows[0]["mask"]["digest"] == rows[1]["mask"]["digest"]
+    assert {v["check"]: v["level"] for v in found["verdicts"]}["clocks"] == "PASS"  # it is the same clock
+    assert abs(rows[1]["clock"]["offset_seconds"]) <= rows[1]["clock"]["bound_seconds"]
     assert len({row["pid"] for row in rows}) == 2
 
 
@@ -280,7 +285,7 @@ def test_doctor_shows_a_table(feddip: Command) -> None:
 def test_doctor_finds_ranks_that_believe_they_are_alone(feddip: Command) -> None:
     done = feddip("doctor", PMI_SIZE="4")
     assert done.returncode == 2
-    assert "BROKEN   4 ranks were started (PMI_SIZE)" in done.stdout
+    assert "FAIL  launch   4 ranks were started (PMI_SIZE)" in done.stdout
     assert "1 thing to repair" in done.stderr
 
 

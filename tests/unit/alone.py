@@ -36,6 +36,18 @@ class Alone:
     def gather(self, row: np.ndarray) -> np.ndarray:
         return row[None].copy()
 
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def gather_json(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+    def host(self) -> str:
+        return "here"
+
     def node_broadcast(self, value: Any) -> Any:
         return value
 

@@ -1,13 +1,17 @@
-"""The doctor's verdicts, from rows as ranks would report them."""
+"""The doctor's verdicts, from rows as ranks would report them, and what it tries out."""
 
+import fcntl
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from alone import Alone
 
-from feddip_mpi import doctor, runtime
+from feddip_mpi import config, probes, runtime, verdicts
 
 FOLDER = {"path": "runs", "mount": "/", "type": "ext4", "network": False, "writable": True, "free_bytes": 10**12}
+NEEDS = {"memory_bytes": 10**9, "one_checkpoint_bytes": 10**8, "disk_bytes": 10**9}
 
 
 def row(rank: int = 0, **changes) -> dict:
@@ -17,43 +21,86 @@ def row(rank: int = 0, **changes) -> dict:
         "processor": "some", "local_rank": rank, "local_rank_rule": "a rule", "library": "Open MPI",
         "thread_level": "multiple", "gpu_aware": False, "gpu_aware_asked": "a call", "device": "cpu",
         "device_error": None, "gpu": None, "threads": 1, "versions": {"torch": "2.0", "numpy": "2.0"},
+        "mask": {"digest": "1234abcd", "error": None}, "lock": None if rank else "works",
+        "clock": {"offset_seconds": 0.0, "bound_seconds": 1e-4},
     }  # fmt: skip
     return {**healthy, **changes}
 
 
-def found(*rows: dict, **folder) -> list[tuple[bool, str]]:
-    return [(verdict.broken, verdict.text) for verdict in doctor.verdicts(rows, {**FOLDER, **folder})]
+def judged(*rows: dict, **changes) -> list[verdicts.Verdict]:
+    folder = {**FOLDER, **{name: value for name, value in changes.items() if name in FOLDER}}
+    needs = {**NEEDS, **{name: value for name, value in changes.items() if name in NEEDS}}
+    return verdicts.verdicts(rows, folder, needs)
 
 
-def test_nothing_to_say_about_healthy_ranks() -> None:
-    assert found(row(0), row(1), row(2, host="node2")) == []
+def found(*rows: dict, **changes) -> list[tuple[str, str, str]]:
+    return [(v.level, v.check, v.text) for v in judged(*rows, **changes) if v.level != "PASS"]
+
+
+def test_every_check_passes_on_healthy_ranks() -> None:
+    said = judged(row(0), row(1), row(2, host="node2"))
+    assert [verdict.level for verdict in said] == ["PASS"] * 9
+    assert {verdict.check for verdict in said} == {
+        "launch", "devices", "versions", "mask", "cores", "clocks", "memory", "folder", "disk",
+    }  # fmt: skip
 
 
 GPU = {"name": "GPU", "id": "GPU-1"}
 
 
 @pytest.mark.parametrize(
-    ("rows", "folder", "broken", "text"),
+    ("rows", "changes", "level", "check", "text"),
     [
-        ([row(launched=4, launched_by="PMI_SIZE")], {}, True, "4 ranks were started (PMI_SIZE)"),
-        ([row(device_error="no GPU here")], {}, True, "rank 0: no GPU here"),
-        ([row(0), row(1, versions={"torch": "2.1", "numpy": "2.0"})], {}, True, "torch differs"),
-        ([row(0), row(1, library="MPICH")], {}, True, "MPI library differs"),
-        ([row(0), row(1, device="cuda:0", gpu=GPU)], {}, True, "some ranks compute on a GPU"),
-        ([row()], {"writable": False}, True, "may not write"),
-        ([row(threads=5)], {}, False, "5 threads (rank 0) on 4 cores"),
-        ([row(r, cores=[0]) for r in range(3)], {}, False, "3 threads (ranks 0-2) on 1 core:"),
-        ([row(0, cores=[0], threads=2), row(1, cores=[1, 2, 3])], {}, False, "more threads than cores bound to"),
-        ([row(r, device="cuda:0", gpu=GPU) for r in range(2)], {}, False, "ranks 0-1 share one GPU"),
-        ([row(0), row(1, processor="other")], {}, False, "processors differ"),
-        ([row(memory_available_bytes=10**8)], {}, False, "100.0 MB of memory"),
-        ([row()], {"network": True, "type": "nfs4"}, False, "network file system (nfs4)"),
+        ([row(launched=4, launched_by="PMI_SIZE")], {}, "FAIL", "launch", "4 ranks were started (PMI_SIZE)"),
+        ([row(device_error="no GPU here")], {}, "FAIL", "devices", "rank 0: no GPU here"),
+        ([row(0), row(1, device="cuda:0", gpu=GPU)], {}, "FAIL", "devices", "some ranks compute on a GPU"),
+        ([row(r, device="cuda:0", gpu=GPU) for r in range(2)], {}, "WARN", "devices", "ranks 0-1 share one GPU"),
+        (
+            [row(0), row(1, versions={"torch": "2.1", "numpy": "2.0"})], {},
+            "FAIL", "versions", "torch differs between ranks: 2.0 (rank 0); 2.1 (rank 1)",
+        ),
+        ([row(0), row(1, library="MPICH")], {}, "FAIL", "versions", "MPI library differs"),
+        ([row(0), row(1, processor="other")], {}, "WARN", "versions", "processors differ"),
+        (
+            [row(0), row(1, mask={"digest": "ffff0000", "error": None})], {},
+            "FAIL", "mask", "1234abcd (rank 0); ffff0000 (rank 1)",
+        ),
+        ([row(mask={"digest": None, "error": "no such model"})], {}, "FAIL", "mask", "rank 0: the model cannot be made"),
+        ([row(threads=5)], {}, "WARN", "cores", "5 threads (rank 0) on 4 cores"),
+        ([row(r, cores=[0]) for r in range(3)], {}, "WARN", "cores", "3 threads (ranks 0-2) on 1 core:"),
+        (
+            [row(0, cores=[0], threads=2), row(1, cores=[1, 2, 3])], {},
+            "WARN", "cores", "rank 0: more threads than cores bound to",
+        ),
+        (
+            [row(0, cores=[0]), row(1, cores=[0]), row(2, cores=[1, 2])], {},
+            "WARN", "cores", "ranks 0-1 are pinned to the same core (0)",
+        ),
+        (
+            [row(0), row(1, host="node2", clock={"offset_seconds": -3.5, "bound_seconds": 0.01})], {},
+            "WARN", "clocks", "rank 1 (node2) is 3.5 s (to within 0.01 s) behind",
+        ),
+        ([row(memory_available_bytes=10**8)], {}, "WARN", "memory", "100.0 MB of memory"),
+        ([row()], {"memory_bytes": 10**12}, "WARN", "memory", "about 1.0 TB each are wanted"),
+        ([row()], {"writable": False}, "FAIL", "folder", "may not write"),
+        ([row()], {"network": True, "type": "nfs4"}, "WARN", "folder", "network file system (nfs4)"),
+        ([row(lock="granted")], {}, "WARN", "folder", "(ext4): locks do not work, seen from rank 0 (a second lock"),
+        ([row(lock="OSError: no locks")], {}, "WARN", "folder", "(OSError: no locks)"),
+        (
+            [row(0), row(1, host="node2", lock="granted")], {}, "WARN", "folder", "locks do not work, seen from rank 1",
+        ),
+        ([row()], {"free_bytes": 5 * 10**8}, "WARN", "disk", "500.0 MB are free, checkpoints may take 1.0 GB"),
+        ([row()], {"free_bytes": 10**7}, "FAIL", "disk", "not even the 100.0 MB of one checkpoint"),
     ],
-)
-def test_one_finding_each(rows: list[dict], folder: dict, broken: bool, text: str) -> None:
-    ((is_broken, said),) = found(*rows, **folder)
-    assert is_broken == broken
+)  # fmt: skip
+def test_one_finding_each(rows: list[dict], changes: dict, level: str, check: str, text: str) -> None:
+    ((is_level, is_check, said),) = found(*rows, **changes)
+    assert (is_level, is_check) == (level, check)
     assert text in said
+
+
+def test_a_clock_that_may_be_right_is_not_blamed() -> None:
+    assert found(row(0), row(1, clock={"offset_seconds": 3.0, "bound_seconds": 2.5})) == []
 
 
 def test_equal_indices_on_different_hosts_or_gpus_are_fine() -> None:
@@ -62,16 +109,16 @@ def test_equal_indices_on_different_hosts_or_gpus_are_fine() -> None:
     assert found(row(0, gpu=GPU, **cuda), row(1, gpu=other, **cuda), row(2, host="n2", gpu=GPU, **cuda)) == []
 
 
-def test_broken_things_come_first() -> None:
-    verdicts = found(row(threads=9), writable=False)
-    assert [broken for broken, _ in verdicts] == [True, False]
+def test_what_fails_comes_first() -> None:
+    levels = [verdict.level for verdict in judged(row(threads=9), writable=False)]
+    assert levels == ["FAIL", "WARN"] + ["PASS"] * 7
 
 
 @pytest.mark.parametrize(
     ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1], "0-1"), ([0, 1, 2, 5, 7, 8], "0-2,5,7-8")]
 )
 def test_spans(numbers: list[int], text: str) -> None:
-    assert doctor.spans(numbers) == text
+    assert verdicts.spans(numbers) == text
 
 
 def test_file_system_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +134,47 @@ def test_file_system_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypat
     assert runtime.file_system(Path("/"))["type"] == "ext4"
     (tmp_path / "file").touch()
     assert not runtime.file_system(tmp_path / "file" / "run")["writable"]
+
+
+def test_clock_offsets_come_from_the_closest_ping() -> None:
+    sent, received = np.array([10.0, 20.0]), np.array([10.8, 20.2])
+    read = np.array([[10.4, 99.0], [20.1, 25.1]])
+    assert probes.offsets(sent, read, received) == [
+        {"offset_seconds": 0.0, "bound_seconds": 0.0},
+        {"offset_seconds": pytest.approx(5.0), "bound_seconds": pytest.approx(0.1)},
+    ]
+
+
+def test_a_second_process_is_kept_out_by_a_lock(tmp_path: Path) -> None:
+    assert probes.lock(Alone(), tmp_path / "new" / "run") == "works"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_that_keep_nobody_out_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as a file system without locks does: yes, and nothing
+    assert probes.lock(Alone(), tmp_path) == "granted"
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert probes.lock(Alone(), tmp_path) == "OSError: [Errno 95] Operation not supported"
+
+
+def test_the_mask_depends_on_the_seed_only() -> None:
+    def digest(*settings: str) -> str:
+        return probes.mask(config.parse("", ["mask.initial=uniform", *settings]))["digest"]
+
+    assert digest("seed=3") == digest("seed=3", "rounds=7") != digest("seed=4")
+    broken = probes.mask(config.parse("", ["model.name=nowhere:nothing"]))
+    assert broken["digest"] is None and "nowhere" in broken["error"]
+
+
+def test_needs_grow_with_clients_and_shrink_with_ranks() -> None:
+    settings = config.parse("", ["clients=50", "checkpoint.keep=2", "checkpoint.best=false"])
+    one, many = probes.needs(settings, 1000, 800, 1), probes.needs(settings, 1000, 800, 50)
+    assert one["memory_bytes"] - many["memory_bytes"] == 49 * 4 * 800 + 4 * 4 * 1000
+    assert one["disk_bytes"] == 3 * (4 * 1000 + 100 + 50 * 4 * 800) == many["disk_bytes"]
+    assert probes.needs(config.parse("", ["upload.residual=drop"]), 1000, 800, 1)["disk_bytes"] == 5 * 4100
