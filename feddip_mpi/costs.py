@@ -119,7 +119,7 @@ class Compute:
 class Sample:
     """A measured transfer: steps that a ring of its ranks takes, bytes through each rank's link, seconds."""
 
-    steps: int
+    steps: float
     bytes: float
     seconds: float
 

@@ -5,7 +5,7 @@ ranks above K idle and K bounds the speed-up of a strong study. With I images a 
 
     train      c ceil(K/P) I x(min(P, K))            x(n) = max(1, n / cores): n busy ranks on cores that all share
     encode     e ceil(K/P) x(min(P, K))
-    exchange   `costs.seconds`: latency and bandwidth
+    exchange   `costs.seconds`: latency x(P), bandwidth   who waits for a message waits for a core first
     decode     (d0 + d1 share) x(P)                  share: frames that a rank reads, `costs.predict`
     server     s x(P)                                every rank repeats the server's step
     evaluate   (v0 + v1 / P) x(P)                    test images are shared among the ranks
@@ -74,9 +74,10 @@ class Point:
         rounds: that count.
         repeats: runs.
         seconds: by PHASES, "wait" and "checkpoint"; the slowest rank's.
-        round: seconds of a round.
+        round: seconds of a round without its checkpoint.
         fastest, slowest: of the rounds.
         sent, received: update bytes a rank, mean of the ranks.
+        moved: bytes of residuals that followed their client to another rank, a rank, mean of the rounds.
         memory, device_memory: peak bytes a rank, mean of the ranks.
     """
 
@@ -90,6 +91,7 @@ class Point:
     slowest: float
     sent: float
     received: float
+    moved: float
     memory: float
     device_memory: float
 
@@ -122,7 +124,7 @@ def point(kind: str, runs: Sequence[Sequence[Record]], warm_up: int) -> Point | 
         download=middle(*(f"download_{kind}_bytes" for kind in ("values", "indices", "other", "frame"))),
         reduced=middle("dense_bytes") / participants,
     )
-    rounds = [record["round_seconds"] for record in counted]
+    rounds = [record["round_seconds"] - (record["checkpoint_seconds"] or 0) for record in counted]
     return Point(
         kind=kind,
         work=work,
@@ -134,6 +136,7 @@ def point(kind: str, runs: Sequence[Sequence[Record]], warm_up: int) -> Point | 
         slowest=max(rounds),
         sent=middle("wire_bytes") / ranks,
         received=middle("received_bytes") / ranks,
+        moved=sum(record["residual_bytes"] or 0 for record in counted) / len(counted) / ranks,
         memory=max(record["host_memory_bytes"] for record in counted) / ranks,
         device_memory=max(record["device_memory_bytes"] for record in counted) / ranks,
     )
@@ -166,6 +169,7 @@ def rows(points: Sequence[Point]) -> list[Row]:
                     **{f"{name}_seconds": value for name, value in p.seconds.items()},
                     "sent_bytes_per_rank": p.sent,
                     "received_bytes_per_rank": p.received,
+                    "moved_bytes_per_rank": p.moved,
                     "host_memory_bytes_per_rank": p.memory,
                     "device_memory_bytes_per_rank": p.device_memory,
                 }
@@ -218,7 +222,8 @@ class Model:
             phase: float(np.dot(self.constants[phase], columns))
             for phase, columns in _columns(self.place, work).items()
         }
-        network = Network(self.latency, self.bandwidth, work.ranks, self.place.nodes(work.ranks))
+        latency = self.latency * self.place.crowding(work.ranks)
+        network = Network(latency, self.bandwidth, work.ranks, self.place.nodes(work.ranks))
         found["exchange"] = costs.seconds(network, work.load)[self.place.mode] if work.ranks > 1 else 0.0
         return {phase: found[phase] for phase in (*PHASES, REST)}
 
@@ -285,7 +290,7 @@ def _sample(place: Place, p: Point) -> Sample:
     """The exchange of a point as `costs.fit` wants it: the two columns of `costs.seconds`."""
     nodes = place.nodes(p.ranks)
     steps = costs.seconds(Network(1.0, float("inf"), p.ranks, nodes), p.work.load)[place.mode]
-    return Sample(round(steps), link_bytes(place, p.work), p.seconds["exchange"])
+    return Sample(steps * place.crowding(p.ranks), link_bytes(place, p.work), p.seconds["exchange"])
 
 
 def link_bytes(place: Place, work: Work) -> float:

@@ -122,7 +122,7 @@ def work(
             terminal.say(f"written: {path}; submit it with `bash {path} --time=30`, it collects into {folder}")
             return
         try:
-            run(folder)
+            run(folder, settings)
         except FeddipError as error:
             failure = error
     if failure is None or any(RunFolder(folder / cell.name).finished.exists() for cell in load(folder).cells()):
@@ -235,8 +235,8 @@ def load(folder: Path, given: Settings | None = None) -> Settings:
 # Running
 
 
-def run(folder: Path) -> None:
-    """Start every cell that is not finished, one after the other. A failed one does not stop the rest.
+def run(folder: Path, asked: Settings) -> None:
+    """Start every cell that is asked for and not finished, one after the other. A failed one does not stop the rest.
 
     Raises:
         FeddipError: some cells failed; the message names them.
@@ -246,7 +246,7 @@ def run(folder: Path) -> None:
     base = config.load(folder / "config.yaml")
     crowded = settings.ranks[-1] * base.threads > runtime.cores()
     launcher = settings.launcher or runtime.default_launcher(crowded)
-    for cell in settings.cells():
+    for cell in asked.cells():
         where = RunFolder(folder / cell.name)
         if where.finished.exists():
             terminal.say(f"{cell.name}: finished already")

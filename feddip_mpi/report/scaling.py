@@ -158,6 +158,13 @@ def remarks(result: Json) -> list[str]:
         said.append(
             "all ranks are taken for one node (--ranks-per-node): no network was measured, the model has memory for it"
         )
+    moved = [f"{row['kind']} {row['ranks']}: {terminal.size(row['moved_bytes_per_rank'])}" for row in rows
+             if row["moved_bytes_per_rank"]]  # fmt: skip
+    if moved:
+        said.append(
+            "residuals that followed their client to another rank, bytes a rank and round (in no other column; the time is in "
+            f"rest): {', '.join(moved)}"
+        )
     if result["same_results"] is not None:
         agreed = "recorded the same numbers, bit for bit"
         said.append(f"checked: all strong runs {agreed}" if result["same_results"] else

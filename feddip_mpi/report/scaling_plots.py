@@ -120,7 +120,7 @@ def _draw_phases(panel: Axes, rows: Sequence[Json]) -> None:
 
 def _draw_prediction(panel: Axes, result: Json, kinds: Sequence[str]) -> None:
     """Curves with a core for every rank, the measured points, and what the model says of these."""
-    panel.set(title="Predicted: a core for every rank", xlabel="ranks", ylabel="seconds a round")
+    panel.set(title="Prediction", xlabel="ranks", ylabel="seconds a round, a core for every rank")
     for kind in kinds:
         mine = [row for row in result["predictions"] if row["kind"] == kind]
         colour = _COLOURS[kind]
@@ -135,7 +135,7 @@ def _draw_prediction(panel: Axes, result: Json, kinds: Sequence[str]) -> None:
         fitted = [row for row in result["fitted"] if row["kind"] == kind]
         panel.plot(
             [row["ranks"] for row in fitted], [sum(row["seconds"].values()) for row in fitted], color=colour,
-            linestyle=":", linewidth=1.2, label=f"{kind}, model of what was measured",
+            linestyle=":", linewidth=1.2, label=f"{kind}, model on shared cores" if result["cores"] else f"{kind}, model",
         )  # fmt: skip
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
@@ -144,7 +144,7 @@ def _draw_prediction(panel: Axes, result: Json, kinds: Sequence[str]) -> None:
     panel.axvspan(max(_counts(result)), panel.get_xlim()[1], color="#F3F3F3", zorder=0)
     largest = result["errors"]["largest"]
     plots._note(
-        panel, "grey: extrapolated; error " + (f"{largest:.0%} (left out)" if largest is not None else "unknown")
+        panel, "grey: extrapolated; error " + (f"up to {largest:.0%}, see text" if largest is not None else "unknown")
     )
     low, high = panel.get_ylim()
     panel.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend
