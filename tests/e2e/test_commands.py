@@ -17,7 +17,7 @@ from feddip_mpi import checkpoint, config, federation
 from feddip_mpi.cli import cli
 from feddip_mpi.errors import DamagedFileError, InputError
 
-COMMANDS = ("bench", "data", "doctor", "evaluate", "export", "inspect", "plan", "resume", "train", "verify")
+COMMANDS = ("bench", "data", "doctor", "evaluate", "export", "inspect", "plan", "resume", "study", "train", "verify")
 
 
 def invoke(*words: str) -> Result:
@@ -287,6 +287,33 @@ def test_doctor_finds_ranks_that_believe_they_are_alone(feddip: Command) -> None
     assert done.returncode == 2
     assert "FAIL  launch   4 ranks were started (PMI_SIZE)" in done.stdout
     assert "1 thing to repair" in done.stderr
+
+
+# study
+
+
+@pytest.mark.mpi
+def test_study_runs_collects_and_goes_on(tiny_config: Path, tmp_path: Path, feddip: Command) -> None:
+    if not Path(sys.executable).with_name("mpirun").exists():
+        pytest.skip("no mpirun beside this Python")
+    out = tmp_path / "study"
+    words = ["study", str(tiny_config), *settings(), "--kind", "strong", "--rounds", "3", "--warm-up", "1", "--out", str(out)]
+    done = feddip(*words, "--ranks", "1,2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Strong scaling" in done.stdout and "EXTRAPOLATION" in done.stdout
+    assert len(records(out / "strong-1")) == len(records(out / "strong-2")) == 3
+    found = json.loads((out / "scaling.json").read_text())
+    assert [(row["ranks"], row["rounds"]) for row in found["rows"]] == [(1, 2), (2, 2)]
+    assert found["same_results"] is True and found["missing"] == []
+    second = records(out / "strong-2")[1:]
+    assert found["rows"][1]["received_bytes_per_rank"] == sum(r["received_bytes"] for r in second) / 2 / 2
+    assert {path.name for path in out.glob("scaling.*")} == {f"scaling.{end}" for end in ("csv", "json", "pdf", "png", "tex")}
+    again = feddip(*words, "--ranks", "1,2")
+    assert again.stdout.count("finished already") == 2
+    collected = feddip("study", str(out), "--collect", "--json")
+    assert json.loads(collected.stdout)["rows"] == found["rows"]
+    refused = feddip("study", str(tiny_config), ranks=2)
+    assert refused.returncode == 2 and "leave out the launcher" in refused.stderr
 
 
 # a finished run goes on
