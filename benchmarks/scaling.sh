@@ -31,7 +31,7 @@ for repeat in $(seq "$REPEATS"); do
     for cell in strong:1 strong:2 strong:4 strong:8 weak:1 weak:2 weak:4 weak:8; do
         # Kinds, rank counts and repeats join those that the folder has; one call at a time keeps each of them short.
         ${TIMED[@]+"${TIMED[@]}"} "${STUDY[@]}" --kind "${cell%:*}" --ranks "${cell#*:}" --repeats "$repeat" --out "$OUT/hosts" \
-            --ranks-per-node 1 --launcher "bash $HOSTS run {ranks}" \
+            --ranks-per-node 1 --launcher "bash benchmarks/hosts.sh run {ranks}" \
             --note "SIMULATED links: network namespaces at 1 Gbit/s, all ranks on $SHARED_CORES shared cores"
     done
 done

@@ -249,15 +249,15 @@ def run(folder: Path, asked: Settings) -> None:
     for cell in asked.cells():
         where = RunFolder(folder / cell.name)
         if where.finished.exists():
-            terminal.say(f"{cell.name}: finished already")
+            terminal.note(f"{cell.name}: finished already")
             continue
         command = _command(launcher, settings, base, cell, folder)
-        terminal.say(f"{cell.name}: {shlex.join(command)}")
+        terminal.note(f"{cell.name}: {shlex.join(command)}")
         started = time.monotonic()
         code = _launch(command, folder / f"{cell.name}.log", settings.launcher == "", base.threads)
         took = time.monotonic() - started
         if where.finished.exists():
-            terminal.say(f"{cell.name}: finished after {took:.1f} s")
+            terminal.note(f"{cell.name}: finished after {took:.1f} s")
             continue
         failed.append(cell.name)
         log = folder / f"{cell.name}.log"

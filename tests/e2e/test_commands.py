@@ -309,7 +309,7 @@ def test_study_runs_collects_and_goes_on(tiny_config: Path, tmp_path: Path, fedd
     assert found["rows"][1]["received_bytes_per_rank"] == sum(r["received_bytes"] for r in second) / 2 / 2
     assert {path.name for path in out.glob("scaling.*")} == {f"scaling.{end}" for end in ("csv", "json", "pdf", "png", "tex")}
     again = feddip(*words, "--ranks", "1,2")
-    assert again.stdout.count("finished already") == 2
+    assert again.stderr.count("finished already") == 2
     collected = feddip("study", str(out), "--collect", "--json")
     assert json.loads(collected.stdout)["rows"] == found["rows"]
     refused = feddip("study", str(tiny_config), ranks=2)
