@@ -43,7 +43,7 @@ sys.exit({_GRANTED})
 """
 
 # Vectors of the model's size that a rank has at its peak, besides one for each of its participants, fitted to AlexNet:
-# 2.0 GB measured with 1 client on 1 rank, 3.0 GB with 8, 2.1 GB with 4 (docs/results/scaling.md).
+# 2.0 GB measured with 1 client on 1 rank, 3.0 GB with 8, 2.2 GB with 4 (docs/results/scaling.md).
 _VECTORS = 12
 _PROGRAM_BYTES = 300 * 10**6  # Python, torch and MPI before there is a model
 
