@@ -213,6 +213,7 @@ class CheckpointConfig(_Section):
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
     best: bool = Field(True, description="also keep the checkpoint with the best test accuracy at the final sparsity")
     minutes: float | None = Field(None, gt=0, description="also save when this many minutes passed since the last save")
+    background: bool = Field(True, description="training goes on while rank 0 writes the file")
 
 
 class Config(_Section):
@@ -273,7 +274,8 @@ class Config(_Section):
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "device", "stop_grace", "watchdog",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device",
+    "stop_grace", "watchdog",
 )  # fmt: skip
 
 

@@ -87,7 +87,8 @@ class Fragile(nn.Module):
         if self.kind == "decode":
             codec.read = _failing(codec.read, self.call, PeerError("a frame that this test broke"))
         if self.kind == "save":
-            checkpoint.hdf5.write = _failing(checkpoint.hdf5.write, self.call, OSError(28, "No space left on device"))
+            draft, full = checkpoint.hdf5.Draft, OSError(28, "No space left on device")
+            draft.finish = _failing(draft.finish, self.call, full)
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.second(torch.relu(self.first(images.flatten(1))))
