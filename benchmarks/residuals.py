@@ -6,8 +6,9 @@ A federation of `--clients` clients with AlexNet (23 M prunable weights), every 
 client k by rank k modulo the number of ranks. The checkpoint is written by the code of a run (`session.FolderSaver`),
 verified, and read back to its holders by the code of `resume`; what arrives is compared with what was held. Once with
 residuals of normal random numbers, which no sparse form shortens, and once with 95 % zeros. Memory is the kernel's
-highest resident set since it was reset just before (VmHWM), minus the resident set at that moment; one client's worth is
-4 bytes a prunable weight. Needs twice the clients' worths in memory over all ranks, and as much on disk.
+highest resident set since it was reset just before (VmHWM), minus the resident set of rank 0's own state: that before
+saving, or that after restoring. One client's worth is 4 bytes a prunable weight. Needs all clients' worths in memory,
+over all ranks, and as much on disk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from feddip_mpi import checkpoint, collectives, config, federation, rounds, runtime, session
+from feddip_mpi import checkpoint, collectives, config, rounds, runtime, session
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.federation import Federation
 from feddip_mpi.residuals import Residual
@@ -35,12 +36,13 @@ def status(name: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def measured(work: Callable[[], Any]) -> tuple[float, int, Any]:
-    """Seconds, bytes of the highest resident set above that at the beginning, and what the work returns."""
+def measured(work: Callable[[], Any], own: str = "before") -> tuple[float, int, Any]:
+    """Seconds, bytes of the highest resident set above that `own` ("before", "after") the work, and what it returns."""
     Path("/proc/self/clear_refs").write_text("5")
     before, started = status("VmRSS"), time.perf_counter()
     result = work()
-    return time.perf_counter() - started, status("VmHWM") - before, result
+    seconds = time.perf_counter() - started
+    return seconds, status("VmHWM") - (before if own == "before" else status("VmRSS")), result
 
 
 def residual(client: int, size: int, zeros: float) -> Residual:
@@ -73,7 +75,7 @@ def play(comm: Communicator, built: Federation, folder: Path, zeros: float) -> d
     waited, peak_before, _ = measured(lambda: saver.save(state, []))
     behind, peak_behind, _ = measured(saver.wait)
     path = checkpoint.path_of(run.checkpoints, 7)
-    held, own = checksum(state.held), len(state.held)
+    held = checksum(state.held)
     row = {
         "zeros": zeros,
         "clients": clients,
@@ -89,13 +91,10 @@ def play(comm: Communicator, built: Federation, folder: Path, zeros: float) -> d
     state.held.clear()
     comm.barrier()
     stored = checkpoint.read_residuals(path) if comm.rank == 0 else None
-    seconds, peak, found = measured(
-        lambda: session._hand_out(comm, range(clients), state.holders, stored)
-    )
+    seconds, peak, found = measured(lambda: session._hand_out(comm, range(clients), state.holders, stored), "after")
     row |= {
         "restore_seconds": seconds,
-        # What it holds after that is its own state.
-        "restore_peak_bytes_above_own_state": peak - 4 * size * own,
+        "restore_peak_bytes_above_own_state": peak,
         "equal": checksum(found) == held,
     }
     found.clear()
@@ -110,7 +109,9 @@ def play(comm: Communicator, built: Federation, folder: Path, zeros: float) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch on a disk; a folder is made in it and removed")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="scratch on a disk; a folder is made in it and removed"
+    )
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--zeros", type=float, nargs="+", default=[0.0, 0.95])
     parser.add_argument("--out", type=Path, help="JSON file of the result")
@@ -126,7 +127,10 @@ def main() -> None:
     everywhere = comm.gather_json(rows)
     if comm.rank == 0:
         assert all(row["equal"] for own in everywhere for row in own)
-        words = [f"--clients {given.clients}", *(["--zeros", *map(str, given.zeros)] if given.zeros != [0.0, 0.95] else [])]
+        words = [
+            f"--clients {given.clients}",
+            *(["--zeros", *map(str, given.zeros)] if given.zeros != [0.0, 0.95] else []),
+        ]
         result = {
             "command": f"mpirun -n {comm.size} python -m mpi4py benchmarks/residuals.py {' '.join(words)} --folder SCRATCH",
             "hardware": {name: value for name, value in runtime.hardware().items() if name != "host"},

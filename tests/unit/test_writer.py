@@ -113,9 +113,7 @@ def test_training_goes_on_while_a_file_is_written(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_file_holds_the_moment_it_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
-) -> None:
+def test_the_file_holds_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     """Later rounds change weights, mask, residuals, references and debts, and seconds change the last record."""
     before = Run(tmp_path / "before", background=False, rule=rule)
     behind = Run(tmp_path / "behind", rule=rule)
