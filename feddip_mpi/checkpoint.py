@@ -220,8 +220,8 @@ def check_format(reader: Reader) -> dict[str, Any]:
     """Root attributes, after the format version was accepted."""
     attributes = reader.attributes()
     version = attributes.get("format_version")
-    if not isinstance(version, int):
-        raise DamagedFileError(f"{reader.path}: not a checkpoint of this program (no format_version)")
+    if not isinstance(version, int) or version < 1:
+        raise DamagedFileError(f"{reader.path}: not a checkpoint of this program (format_version {version}; the first is 1)")
     if version > FORMAT_VERSION:
         reader.verify_digest()  # a damaged number is damage: an older checkpoint may then be resumed
         raise InputError(

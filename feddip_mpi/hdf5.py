@@ -257,11 +257,13 @@ def open_file(path: Path) -> Iterator[Reader]:
 
     Raises:
         InputError: there is no such file.
-        DamagedFileError: it was not written by `write`, is not as it was written, or was never finished.
+        DamagedFileError: it is no file, was not written by `write`, is not as it was written, or was never finished.
     """
     import h5py
 
     if not path.is_file():
+        if os.path.lexists(path):
+            raise DamagedFileError(f"{path}: no file, but a folder, a link that leads nowhere, or a device")
         raise InputError(f"{path}: no such file; name a checkpoint such as runs/NAME/checkpoints/round-000100.h5")
     check_seal(path)
     with _guard(path):
