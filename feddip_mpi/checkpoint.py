@@ -207,13 +207,16 @@ def load(path: Path) -> Loaded:
         DamagedFileError: damaged or unfinished; says where.
     """
     with hdf5.open_file(path) as reader:
-        attributes = check_format(reader)
-        try:
-            return _read(path, reader, attributes)
-        except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
-            raise DamagedFileError(
-                f"{path}: not a checkpoint of this program ({error!r} is missing or wrong)"
-            ) from None
+        return _loaded(reader, check_format(reader))
+
+
+def _loaded(reader: Reader, attributes: dict[str, Any]) -> Loaded:
+    try:
+        return _read(reader.path, reader, attributes)
+    except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{reader.path}: not a checkpoint of this program ({error!r} is missing or wrong)"
+        ) from None
 
 
 def check_format(reader: Reader) -> dict[str, Any]:
@@ -310,10 +313,12 @@ def residual_bytes(path: Path) -> dict[int, int]:
 
 
 def verify(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read every byte that has a checksum; returns (datasets, root attributes)."""
+    """Read every byte that has a checksum, and what a resume reads; returns (datasets, root attributes)."""
     with hdf5.open_file(path) as reader:
         attributes = check_format(reader)
-        return reader.verify(), attributes
+        datasets = reader.verify()
+        _loaded(reader, attributes)
+        return datasets, attributes
 
 
 def listed(folder: Path) -> list[Path]:

@@ -206,6 +206,8 @@ class Reader:
     def attributes(self, group: str = "/") -> dict[str, Any]:
         """Attributes of a group, as Python values."""
         with _guard(self.path):
+            if group not in self._file:
+                raise DamagedFileError(f"{self.path}: no group {group!r}; not a checkpoint of this program, or damaged")
             return {key: _plain(value) for key, value in self._file[group].attrs.items()}
 
     def names(self, prefix: str = "") -> list[str]:

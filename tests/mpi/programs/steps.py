@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ def execute(argv: list[str]) -> dict[str, Any]:
             cli.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        except Exception:  # the console script would end with it; here the other steps go on
+            traceback.print_exc()
+            code = 1
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
