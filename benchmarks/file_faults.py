@@ -418,12 +418,8 @@ class Tables:
             while child.running() and max(self._rounds(run), default=0) < stop:
                 time.sleep(0.002)
             inside = run / "checkpoints"
-            subprocess.run(["mount", "--bind", inside, inside], check=True)
-            try:
-                subprocess.run(["mount", "-o", "remount,bind,ro", inside], check=True)
+            with laid_over(inside, self.folder / "side"):
                 problem = child.wait().problem(1, "Read-only file system", "round-")
-            finally:
-                subprocess.run(["umount", inside], check=True)
             problem = problem or here("verify", str(run)).problem(0) or Child("resume", str(run)).wait(120).problem(0)
             if not problem and state_of(run) != state_of(plain):
                 problem = "another result"
@@ -576,6 +572,20 @@ def mounted(folder: Path, size: int) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def laid_over(folder: Path, side: Path) -> Iterator[None]:
+    """The folder, read-only from one moment to the next, whatever is open in it."""
+    side.mkdir(exist_ok=True)
+    subprocess.run(["mount", "--bind", folder, side], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", side], check=True)
+    subprocess.run(["mount", "--bind", side, folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", side], check=True)
 
 
 def main() -> None:
