@@ -224,7 +224,9 @@ def check_format(reader: Reader) -> dict[str, Any]:
     attributes = reader.attributes()
     version = attributes.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise DamagedFileError(f"{reader.path}: not a checkpoint of this program (format_version {version}; the first is 1)")
+        raise DamagedFileError(
+            f"{reader.path}: not a checkpoint of this program (format_version {version}; the first is 1)"
+        )
     if version > FORMAT_VERSION:
         reader.verify_digest()  # a damaged number is damage: an older checkpoint may then be resumed
         raise InputError(
