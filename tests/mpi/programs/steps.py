@@ -7,6 +7,7 @@ STEPS.json is a list of {"argv": [...], ...}; optional keys of a step:
     "abandon": true   every round is given up before its first batch, as if a signal had come long ago
     "drift": rank     that rank's weights change by one bit before replicas are compared
     "ranks_per_node": n   so many ranks are taken for a node
+    "kept_bytes": n   residuals beyond so many bytes are written before training goes on
 RESULTS_FOLDER/rank-N.json: for each step the exit code and what the rank wrote to stdout and stderr.
 """
 
@@ -26,7 +27,7 @@ from unittest import mock
 
 from mpi4py import MPI
 
-from feddip_mpi import cli, rounds, runtime
+from feddip_mpi import cli, rounds, runtime, session
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.server import Server
 
@@ -89,6 +90,8 @@ def main() -> None:
                 stack.enter_context(mock.patch.object(runtime.StopFlag, "expired", lambda *_: True))
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
+            if "kept_bytes" in step:
+                stack.enter_context(mock.patch.object(session, "_KEPT_BYTES", step["kept_bytes"]))
             if "ranks_per_node" in step:
                 stack.enter_context(mock.patch.object(runtime, "ranks_per_node", return_value=step["ranks_per_node"]))
             ended.append(execute(step["argv"]))
