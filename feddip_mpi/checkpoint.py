@@ -27,8 +27,9 @@ from feddip_mpi.vector import Layout
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"round-(\d{6,})\.h5")
-# Below this share of non-zeros a residual is stored as indices and values.
+# Below this share of non-zeros indices (4 bytes) and values take less than all values.
 _SPARSE_BELOW = 0.5
+_PART = 1 << 20
 _CLASS_NAMES = "model/class_names"
 
 
@@ -75,8 +76,25 @@ def save(path: Path, snapshot: Snapshot, residuals: Iterable[tuple[int, Residual
     """Write a checkpoint, complete or not at all; returns its digest.
 
     Args:
-        residuals: (client, residual) in client order, consumed one at a time.
+        residuals: (client, residual), consumed one at a time.
     """
+    draft = hdf5.Draft(path)
+    try:
+        return complete(draft, snapshot, residuals)
+    finally:
+        draft.discard()
+
+
+def complete(draft: hdf5.Draft, snapshot: Snapshot, residuals: Iterable[tuple[int, Residual]]) -> str:
+    """Write what a begun checkpoint still lacks, and give it its name; see `save`.
+
+    Args:
+        draft: may hold residuals of other clients already (`add_residual`).
+    """
+    for item in _items(snapshot):
+        draft.add(item)
+    for client, residual in residuals:
+        add_residual(draft, client, residual)
     server, layout = snapshot.server, snapshot.layout
     last = snapshot.history[-1] if snapshot.history else {}
     attributes = {
@@ -103,10 +121,10 @@ def save(path: Path, snapshot: Snapshot, residuals: Iterable[tuple[int, Residual
             "normalisation": json.dumps({"mean": snapshot.mean, "std": snapshot.std}),
         }
     }
-    return hdf5.write(path, _items(snapshot, residuals), attributes, groups)
+    return draft.finish(attributes, groups)
 
 
-def _items(snapshot: Snapshot, residuals: Iterable[tuple[int, Residual]]) -> Iterator[Item]:
+def _items(snapshot: Snapshot) -> Iterator[Item]:
     server, layout = snapshot.server, snapshot.layout
     for index, (name, view) in enumerate(zip(layout.names, layout.views(server.weights), strict=True)):
         kind = "parameters" if index < layout.parameter_tensors else "buffers"
@@ -121,18 +139,29 @@ def _items(snapshot: Snapshot, residuals: Iterable[tuple[int, Residual]]) -> Ite
     yield Item("partition/histogram", snapshot.histogram)
     for name, column in metrics.columns(snapshot.history).items():
         yield Item(f"history/{name}", column, {"depends_on": metrics.FIELDS[name].depends_on})
-    for client, residual in residuals:
-        yield from _residual_items(client, residual)
 
 
-def _residual_items(client: int, residual: Residual) -> Iterator[Item]:
+def add_residual(draft: hdf5.Draft, client: int, residual: Residual) -> None:
+    """Write one client's residual, in the shorter of the two forms; beside it in memory lies at most its own size."""
     values = residual.values.numpy()
-    where = np.flatnonzero(values)
     attributes = {"round": residual.round, "size": values.size}
-    if where.size < _SPARSE_BELOW * values.size:
-        yield Item(f"clients/{client}/residual/indices", where.astype(np.int64))
+    count = int(np.count_nonzero(values))
+    if count < _SPARSE_BELOW * values.size:
+        where = _places(values, count)
+        draft.add(Item(f"clients/{client}/residual/indices", where))
         values = values[where]
-    yield Item(f"clients/{client}/residual/values", values, attributes)
+    draft.add(Item(f"clients/{client}/residual/values", values, attributes))
+
+
+def _places(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` values that are not 0, found part by part: all at once they would be int64."""
+    places = np.empty(count, np.int32 if values.size < 2**31 else np.int64)
+    filled = 0
+    for start in range(0, values.size, _PART):
+        found = np.flatnonzero(values[start : start + _PART])
+        places[filled : filled + found.size] = found + start
+        filled += found.size
+    return places
 
 
 @dataclass(frozen=True)
@@ -178,21 +207,26 @@ def load(path: Path) -> Loaded:
         DamagedFileError: damaged or unfinished; says where.
     """
     with hdf5.open_file(path) as reader:
-        attributes = check_format(reader)
-        try:
-            return _read(path, reader, attributes)
-        except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
-            raise DamagedFileError(
-                f"{path}: not a checkpoint of this program ({error!r} is missing or wrong)"
-            ) from None
+        return _loaded(reader, check_format(reader))
+
+
+def _loaded(reader: Reader, attributes: dict[str, Any]) -> Loaded:
+    try:
+        return _read(reader.path, reader, attributes)
+    except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{reader.path}: not a checkpoint of this program ({error!r} is missing or wrong)"
+        ) from None
 
 
 def check_format(reader: Reader) -> dict[str, Any]:
     """Root attributes, after the format version was accepted."""
     attributes = reader.attributes()
     version = attributes.get("format_version")
-    if not isinstance(version, int):
-        raise DamagedFileError(f"{reader.path}: not a checkpoint of this program (no format_version)")
+    if not isinstance(version, int) or version < 1:
+        raise DamagedFileError(
+            f"{reader.path}: not a checkpoint of this program (format_version {version}; the first is 1)"
+        )
     if version > FORMAT_VERSION:
         reader.verify_digest()  # a damaged number is damage: an older checkpoint may then be resumed
         raise InputError(
@@ -281,10 +315,12 @@ def residual_bytes(path: Path) -> dict[int, int]:
 
 
 def verify(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read every byte that has a checksum; returns (datasets, root attributes)."""
+    """Read every byte that has a checksum, and what a resume reads; returns (datasets, root attributes)."""
     with hdf5.open_file(path) as reader:
         attributes = check_format(reader)
-        return reader.verify(), attributes
+        datasets = reader.verify()
+        _loaded(reader, attributes)
+        return datasets, attributes
 
 
 def listed(folder: Path) -> list[Path]:

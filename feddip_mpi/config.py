@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,6 +214,7 @@ class CheckpointConfig(_Section):
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
     best: bool = Field(True, description="also keep the checkpoint with the best test accuracy at the final sparsity")
     minutes: float | None = Field(None, gt=0, description="also save when this many minutes passed since the last save")
+    background: bool = Field(True, description="training goes on while rank 0 writes the file")
 
 
 class Config(_Section):
@@ -273,7 +275,8 @@ class Config(_Section):
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "device", "stop_grace", "watchdog",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device",
+    "stop_grace", "watchdog",
 )  # fmt: skip
 
 
@@ -324,8 +327,10 @@ def validate(values: Mapping[str, Any], source: str = "configuration") -> Config
             if not any(bad == key or bad.startswith(key + ".") for bad in wrong for key in keys):
                 problems[" ".join(keys)] = message
     if problems:
-        lines = "\n".join(f"  {message}" for message in problems.values())
-        raise InputError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
+        lines = [f"  {message}" for message in problems.values()]
+        if len(lines) > _MOST_PROBLEMS:
+            lines[_MOST_PROBLEMS:] = [f"  and {len(lines) - _MOST_PROBLEMS} more"]
+        raise InputError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(lines))
     assert config is not None
     return config
 
@@ -371,6 +376,12 @@ _ExactDumper.add_representer(str, _represent_text)
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice: the last one would win silently."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # 2020-13-45 looks like a date and is none
+            raise yaml.YAMLError(f"{_shorten(node.value)} in line {node.start_mark.line + 1}: {error}") from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
@@ -379,7 +390,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 twice = key in seen
                 seen.add(key)
             except TypeError:
-                raise yaml.YAMLError(f"{key!r} in line {key_node.start_mark.line + 1} is no key name") from None
+                raise yaml.YAMLError(f"{_shorten(key)} in line {key_node.start_mark.line + 1} is no key name") from None
             if twice:
                 raise yaml.YAMLError(f"key {key!r} given twice (second time in line {key_node.start_mark.line + 1})")
         return super().construct_mapping(node, deep)
@@ -393,7 +404,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
-        raise InputError(f"--set {item!r}: the value {text!r} is not valid YAML; quote it") from None
+        raise InputError(f"--set {_shorten(item)}: the value {_shorten(text)} is not valid YAML; quote it") from None
     *parents, last = key.split(".")
     section = values
     for parent in parents:
@@ -401,7 +412,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         if child is None:
             child = section[parent] = {}
         if not isinstance(child, dict):
-            raise InputError(f"--set {item!r}: {parent!r} holds the value {child!r}, not a section")
+            raise InputError(f"--set {_shorten(item)}: {parent!r} holds the value {_shorten(child)}, not a section")
         section = child
     section[last] = value
 
@@ -441,8 +452,16 @@ def _whole_number(text: str) -> int | None:
     return int(number) if number.is_integer() and abs(number) < 2**53 else None
 
 
+_MOST_PROBLEMS = 12  # told at once
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 3
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 8
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
+
+
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    """The value in at most 80 characters. A few lines of YAML aliases can mean a text of any length: it is not made."""
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

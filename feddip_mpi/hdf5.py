@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +36,59 @@ class Item:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Draft:
+    """A file under a temporary name in the folder of its own; `finish` gives it that name, complete or not at all.
+
+    One thread at a time may use it. Whoever made it calls `discard` in the end, also after `finish`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Begin a file. Raises OSError where the folder cannot be written."""
+        import h5py
+
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            self._file = h5py.File(self._temporary, "w", userblock_size=_SEAL_BYTES)
+        except BaseException:
+            self._temporary.unlink(missing_ok=True)
+            raise
+
+    def add(self, item: Item) -> None:
+        """Write a dataset; its array is not needed any more after that."""
+        dataset = self._file.create_dataset(item.name, data=item.array)
+        for key, value in item.attributes.items():
+            dataset.attrs[key] = value
+        dataset.attrs["crc32"] = np.uint32(_crc(item.array))
+
+    def finish(
+        self, attributes: Mapping[str, Any], group_attributes: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> str:
+        """Seal the file, fsync, rename, fsync of the folder; returns the digest (see `write`)."""
+        file = self._file
+        for group, values in (group_attributes or {}).items():
+            for key, value in values.items():
+                file.require_group(group).attrs[key] = value
+        for key, value in attributes.items():
+            file.attrs[key] = value
+        digest = _digest(file)
+        file.attrs["digest"] = digest
+        file.flush()
+        file.attrs["complete"] = True
+        file.close()
+        _seal(self._temporary)
+        replace_durably(self._temporary, self.path)
+        return digest
+
+    def discard(self) -> None:
+        """Close and remove what is not finished; it may be called twice."""
+        try:
+            with suppress(OSError, RuntimeError):  # what cannot be written cannot be closed; whoever wrote was told
+                self._file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
 def write(
     path: Path,
     items: Iterable[Item],
@@ -49,32 +102,15 @@ def write(
         attributes: of the root. `digest` and `complete` are added, in this order, as the last thing written.
 
     Returns:
-        The digest: SHA-256 over names, shapes, types, checksums and attributes.
+        The digest: SHA-256 over names, shapes, types, checksums and attributes, whatever the order of the items.
     """
-    import h5py
-
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    draft = Draft(path)
     try:
-        with h5py.File(temporary, "w", userblock_size=_SEAL_BYTES) as file:
-            for item in items:
-                dataset = file.create_dataset(item.name, data=item.array)
-                for key, value in item.attributes.items():
-                    dataset.attrs[key] = value
-                dataset.attrs["crc32"] = np.uint32(_crc(item.array))
-            for group, values in (group_attributes or {}).items():
-                for key, value in values.items():
-                    file.require_group(group).attrs[key] = value
-            for key, value in attributes.items():
-                file.attrs[key] = value
-            digest = _digest(file)
-            file.attrs["digest"] = digest
-            file.flush()
-            file.attrs["complete"] = True
-        _seal(temporary)
-        replace_durably(temporary, path)
+        for item in items:
+            draft.add(item)
+        return draft.finish(attributes, group_attributes)
     finally:
-        temporary.unlink(missing_ok=True)
-    return digest
+        draft.discard()
 
 
 def _seal(path: Path) -> None:
@@ -170,6 +206,8 @@ class Reader:
     def attributes(self, group: str = "/") -> dict[str, Any]:
         """Attributes of a group, as Python values."""
         with _guard(self.path):
+            if group not in self._file:
+                raise DamagedFileError(f"{self.path}: no group {group!r}; not a checkpoint of this program, or damaged")
             return {key: _plain(value) for key, value in self._file[group].attrs.items()}
 
     def names(self, prefix: str = "") -> list[str]:
@@ -221,11 +259,13 @@ def open_file(path: Path) -> Iterator[Reader]:
 
     Raises:
         InputError: there is no such file.
-        DamagedFileError: it was not written by `write`, is not as it was written, or was never finished.
+        DamagedFileError: it is no file, was not written by `write`, is not as it was written, or was never finished.
     """
     import h5py
 
     if not path.is_file():
+        if os.path.lexists(path):
+            raise DamagedFileError(f"{path}: no file, but a folder, a link that leads nowhere, or a device")
         raise InputError(f"{path}: no such file; name a checkpoint such as runs/NAME/checkpoints/round-000100.h5")
     check_seal(path)
     with _guard(path):

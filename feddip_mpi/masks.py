@@ -272,7 +272,7 @@ def initial_random(
 
 def sparsity(mask: Tensor) -> float:
     """Share of zeros of a mask bool [P]; 0 for an empty one."""
-    return 1 - int(mask.sum()) / mask.numel() if mask.numel() else 0.0
+    return 1 - int(mask.count_nonzero()) / mask.numel() if mask.numel() else 0.0  # sum() would make int64 of it
 
 
 def layer_sparsities(mask: Tensor, sizes: Sequence[int]) -> list[float]:

@@ -90,7 +90,7 @@ FIELDS: dict[str, Field] = {
     "decode_seconds": Field("float", "clock", "decoding and summing, slowest rank"),
     "server_seconds": Field("float", "clock", "server step, slowest rank"),
     "evaluate_seconds": Field("float", "clock", "evaluation, slowest rank"),
-    "checkpoint_seconds": Field("float", "clock", "saving the checkpoint after this round"),
+    "checkpoint_seconds": Field("float", "clock", "what the run waited for its checkpoints after this round"),
     "round_seconds": Field("float", "clock", "the whole round on rank 0, checkpoint included"),
     "samples_per_second": Field("float", "clock", "images trained on per second of the round"),
     "host_memory_bytes": Field("int", "clock", "peak host memory of all ranks together"),

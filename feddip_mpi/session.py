@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,8 +40,11 @@ from feddip_mpi.residuals import Residual
 from feddip_mpi.rounds import State
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
+from feddip_mpi.writer import Writer, saving
 
 T = TypeVar("T")
+# Residuals of so many bytes wait in memory for the thread that writes a checkpoint (`FolderSaver`).
+_KEPT_BYTES = 1 << 26
 
 
 def on_root(comm: Communicator, work: Callable[[], T]) -> T:
@@ -229,13 +233,13 @@ def _hand_out(
     held = {}
     for client in clients:
         residual = next(stored)[1] if stored else None
-        message = np.zeros(0, np.uint8) if residual is None else rounds.pack_residual(residual)
-        arrived = comm.move([(client, 0, holders[client])], lambda _, message=message: message)  # type: ignore[misc]
+        arrived = comm.move([(client, 0, holders[client])], lambda _, r=residual: rounds.pack_residual(r))  # type: ignore[misc]
         mine = residual if holders[client] == comm.rank == 0 else None
         if client in arrived:
             mine = rounds.unpack_residual(arrived[client])
         if mine is not None:
             held[client] = mine
+        del residual, mine, arrived  # before the next one is read
     return held
 
 
@@ -276,6 +280,10 @@ def _play(
     life = rounds.Life(lambda: stop.expired(grace), watchdog.enter)
     try:
         stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested, life)
+        saver.wait()
+    except FeddipError:
+        saver.close()
+        raise
     finally:
         watchdog.close()
         if progress is not None:
@@ -348,37 +356,88 @@ def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Pa
 
 
 class FolderSaver:
-    """Writes a run's checkpoints: rank 0 owns the file, the others stream it the residuals they hold."""
+    """Writes a run's checkpoints: rank 0 owns the file, the others stream it the residuals they hold.
+
+    What the next rounds change is kept back, and a thread of rank 0 writes while training goes on. Tensors of the
+    server and residuals are replaced and never altered, so that keeping them is no copy. Residuals beyond
+    `_KEPT_BYTES` are written before training goes on: their owners will change them, and rank 0 has no room for all.
+    """
 
     def __init__(self, built: Federation, folder: RunFolder, created: str) -> None:
         self._built, self._folder, self._created = built, folder, created
         self._histogram = built.partition.histogram(built.dataset.train_labels, built.dataset.classes)
         self._last_save = time.monotonic()
+        self._writer = Writer()
 
     def overdue(self) -> bool:
         minutes = self._built.config.checkpoint.minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
     def save(self, state: State, history: Sequence[Record]) -> None:
-        """Raises FeddipError on all ranks if the file cannot be written; older checkpoints stay as they are."""
-        comm = self._built.comm
+        """Begin to write a checkpoint, after the one before is finished; every rank calls it.
+
+        Raises:
+            FeddipError: on all ranks, if the one before, or what has to be written at once, cannot be written; older
+                checkpoints stay as they are.
+        """
+        self.wait()
+        comm, settings = self._built.comm, self._built.config
         memories = self._memories(state)
         residuals = self._stream(state)
         error: FeddipError | None = None
         if comm.rank == 0:
-            path = checkpoint.path_of(self._folder.checkpoints, state.server.round)
-            try:
-                checkpoint.save(path, self._snapshot(state, history, memories), residuals)
-                settings = self._built.config.checkpoint
-                checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity())
-            except (OSError, RuntimeError) as caught:
-                error = FeddipError(
-                    f"{path}: cannot be saved ({hdf5.reason(caught)}); earlier checkpoints are untouched: free space, resume"
-                )
+            error = self._begin(self._snapshot(state, history, memories), residuals)
         for _ in residuals:  # the other ranks send until the last client, also when rank 0 has failed
             pass
         comm.check(error)
         self._last_save = time.monotonic()
+        if not settings.checkpoint.background or state.server.round >= settings.rounds:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the file that is being written is complete; every rank calls it.
+
+        Raises:
+            FeddipError: on all ranks, if it cannot be written; older checkpoints stay as they are.
+        """
+        self._built.comm.check(self._writer.wait())
+
+    def close(self) -> None:
+        """Let the file that is being written become complete, on this rank alone: the run ends by another error."""
+        error = self._writer.wait()
+        if error is not None:
+            log.error("%s", error)
+
+    def _begin(self, snapshot: Snapshot, residuals: Iterator[tuple[int, Residual]]) -> FeddipError | None:
+        """Write what does not fit into `_KEPT_BYTES`, hand the rest to the thread; returns what went wrong."""
+        path = checkpoint.path_of(self._folder.checkpoints, snapshot.server.round)
+        kept: deque[tuple[int, Residual]] = deque()
+        room = _KEPT_BYTES
+        with saving(path) as failed, ExitStack() as undo:
+            draft = hdf5.Draft(path)
+            undo.callback(draft.discard)
+            for client, residual in residuals:
+                size = residual.values.numel() * residual.values.element_size()
+                if size <= room:
+                    kept.append((client, residual))
+                    room -= size
+                else:
+                    checkpoint.add_residual(draft, client, residual)
+                del residual  # the next one arrives before the loop would let go of this one
+            self._writer.begin(lambda: self._finish(draft, snapshot, kept))
+            undo.pop_all()  # the thread has the file now
+        return failed[0] if failed else None
+
+    def _finish(self, draft: hdf5.Draft, snapshot: Snapshot, kept: deque[tuple[int, Residual]]) -> FeddipError | None:
+        """The thread's part: the rest of the file, its seal and its name, then old checkpoints go."""
+        settings = self._built.config.checkpoint
+        with saving(draft.path) as failed:
+            try:
+                checkpoint.complete(draft, snapshot, (kept.popleft() for _ in range(len(kept))))
+            finally:
+                draft.discard()
+            checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity())
+        return failed[0] if failed else None
 
     def _final_sparsity(self) -> float:
         """Share of zeros of a finished model, in whole weights; 0 for a method that does not prune."""
@@ -387,14 +446,17 @@ class FolderSaver:
         return (size - masks.kept_count(size, asked)) / max(1, size)
 
     def _stream(self, state: State) -> Iterator[tuple[int, Residual]]:
+        """Residuals in client order, on rank 0; it has one of another rank's at a time, and the one that arrives."""
         comm = self._built.comm
         for client, holder in enumerate(state.holders):
-            arrived = comm.move([(client, holder, 0)], lambda c: rounds.pack_residual(state.held.get(c)))
-            residual = rounds.unpack_residual(arrived[client]) if client in arrived else None
-            if holder == comm.rank == 0:
+            if holder == 0:
                 residual = state.held.get(client)
+            else:
+                message = comm.move([(client, holder, 0)], lambda c: rounds.pack_residual(state.held.get(c)))
+                residual = rounds.unpack_residual(message.pop(client)) if client in message else None
             if residual is not None and comm.rank == 0:
                 yield client, residual
+            del residual
 
     def _memories(self, state: State) -> dict[str, np.ndarray]:
         """What the server keeps besides W; every rank calls it, because each owns a part of what is owed."""
@@ -408,11 +470,13 @@ class FolderSaver:
 
     def _snapshot(self, state: State, history: Sequence[Record], memories: dict[str, np.ndarray]) -> Snapshot:
         built, srv = self._built, state.server
+        if srv.weights.device.type != "cpu":
+            srv = server.Server.of(srv.round, srv.weights.cpu(), srv.mask.cpu())
         return Snapshot(
             config=built.config,
             layout=built.layout,
-            server=server.Server.of(srv.round, srv.weights.cpu(), srv.mask.cpu()),
-            history=history,
+            server=srv,
+            history=[dict(record) for record in history],  # the last one gets its seconds when saving is over
             identity=built.identity,
             histogram=self._histogram,
             input_shape=built.dataset.shape,

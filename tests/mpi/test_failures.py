@@ -61,8 +61,10 @@ def test_a_rank_that_hangs_is_named_and_ends_all(config: Path, tmp_path: Path) -
     assert saved_rounds(tmp_path / "run") == [1]
 
 
-def test_failed_save_ends_all_and_keeps_what_was_saved(config: Path, tmp_path: Path) -> None:
-    done = fail(config, tmp_path / "run", "save:0:3")
+@pytest.mark.parametrize("moment", ["begin", "save"])
+def test_failed_save_ends_all_and_keeps_what_was_saved(config: Path, tmp_path: Path, moment: str) -> None:
+    """At once, or behind training: then the next save tells it."""
+    done = fail(config, tmp_path / "run", f"{moment}:0:3")
     assert done.code not in (0, 75)
     assert done.text.count("No space left on device") == 1 and "round-000003.h5" in done.text, done.text
     assert saved_rounds(tmp_path / "run") == [1, 2]

@@ -255,8 +255,9 @@ def test_every_round_can_be_the_last_before_a_stop(config: Path, tmp_path: Path)
             commands += [{"argv": ["resume", str(run)], "abandon": True}] * 2 + [{"argv": ["resume", str(run)]}]
             codes += [75, 75, 75, 0]
     often = tmp_path / "often"
-    commands.append({"argv": runs.train(config, often, **changes), "stop_after": 1})
-    commands += [{"argv": ["resume", str(often)], "stop_after": last} for last in (2, 3, 4)]
+    # Here residuals have no room to wait in for the thread that writes, or for one of them only.
+    commands.append({"argv": runs.train(config, often, **changes), "stop_after": 1, "kept_bytes": 0})
+    commands += [{"argv": ["resume", str(often)], "stop_after": last, "kept_bytes": 20000 * last} for last in (2, 3, 4)]
     # A signal in the last round is no stop: the run is complete.
     commands.append({"argv": ["resume", str(often)], "stop_after": 5})
     codes += [75] * 4 + [0]

@@ -1,6 +1,8 @@
 """Checkpoints: bit for bit, damaged ones refused by name, old ones deleted with care."""
 
+import os
 import random
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from feddip_mpi import checkpoint, config, hdf5, metrics, server
+from feddip_mpi import checkpoint, config, federation, hdf5, metrics, server
 from feddip_mpi.checkpoint import Loaded, Snapshot
 from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
 from feddip_mpi.residuals import Residual
@@ -120,7 +122,7 @@ def test_residuals_come_back_bit_for_bit_in_both_forms(tmp_path: Path) -> None:
     with hdf5.open_file(path) as reader:
         assert "clients/0/residual/indices" in reader.names()  # few values: with indices
         assert "clients/2/residual/indices" not in reader.names()
-    assert checkpoint.residual_bytes(path) == {0: 3 * 8 + 3 * 4, 2: 42 * 4, 10: 42 * 4}
+    assert checkpoint.residual_bytes(path) == {0: 3 * 4 + 3 * 4, 2: 42 * 4, 10: 42 * 4}
 
 
 def test_what_the_server_remembers_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -391,3 +393,43 @@ def test_check_model_names_the_first_tensor_that_differs(tmp_path: Path) -> None
         checkpoint.check_model(loaded, Layout.of(wider, LAYERS))
     with pytest.raises(InputError, match="has changed since"):
         checkpoint.check_model(loaded, Layout.of(wider, LAYERS[::-1]))
+
+
+def test_a_file_of_the_first_program_with_format_1_loads(tmp_path: Path) -> None:
+    """golden/format-1.h5 was written before int32 indices and `checkpoint.background`; it stays as it is."""
+    golden = Path(__file__).with_name("golden") / "format-1.h5"
+    checkpoint.verify(golden)
+    loaded = checkpoint.load(golden)
+    assert zlib.crc32(loaded.server.weights.numpy().tobytes()) == 1439054773
+    assert zlib.crc32(loaded.server.mask.numpy().tobytes()) == 2612361971
+    assert (loaded.server.round, loaded.identity) == (4, "synthetic 60x1x12x12 9f747ce9")
+    assert [record["round"] for record in loaded.history] == [1, 2, 3, 4]
+    assert loaded.history[-1]["test_accuracy"] == pytest.approx(0.3) and loaded.history[0]["test_accuracy"] is None
+    assert loaded.class_names == ("pattern 0", "pattern 1", "pattern 2")
+    with h5py.File(golden) as file:
+        assert "background" not in file.attrs["config"] and file["clients/0/residual/indices"].dtype == np.int64
+    assert loaded.config.checkpoint.background is True  # what it lacks has its default
+    residuals = [(c, r.round, zlib.crc32(r.values.numpy().tobytes())) for c, r in checkpoint.read_residuals(golden)]
+    assert residuals == [(0, 3, 13623658), (1, 2, 1177109853), (2, 3, 1257319550)]
+    _, layout = federation.build_model(loaded.config, loaded.input_shape, loaded.classes)
+    checkpoint.check_model(loaded, layout)
+
+
+@pytest.mark.parametrize("version", [0, -1])
+def test_a_format_that_never_was_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", version)
+    path = saved(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(DamagedFileError, match=f"format_version {version}; the first is 1"):
+        checkpoint.load(path)
+
+
+def test_what_is_no_file_does_not_hide_older_checkpoints(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    checkpoint.path_of(tmp_path, 4).mkdir()
+    checkpoint.path_of(tmp_path, 6).symlink_to("nothing.h5")
+    os.mkfifo(checkpoint.path_of(tmp_path, 8))  # opening it would wait for ever
+    loaded, refused = checkpoint.newest(tmp_path)
+    assert loaded.server.round == 2
+    assert [Path(text.split(":")[0]).name for text in refused] == [f"round-{r:06d}.h5" for r in (8, 6, 4)]
+    assert all("no file" in text for text in refused)

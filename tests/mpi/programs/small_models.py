@@ -6,7 +6,8 @@ FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training 
     exit    the forward calls sys.exit(0)
     hang    the forward does not return
     decode  reading a frame raises PeerError
-    save    (rank and call count as for decode) writing a checkpoint raises OSError
+    begin   (rank and call count as for decode) beginning a checkpoint raises OSError
+    save    (likewise) finishing a checkpoint, behind training, raises OSError
 FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
 """
 
@@ -86,8 +87,9 @@ class Fragile(nn.Module):
         self.kind, self.call = _fault()
         if self.kind == "decode":
             codec.read = _failing(codec.read, self.call, PeerError("a frame that this test broke"))
-        if self.kind == "save":
-            checkpoint.hdf5.write = _failing(checkpoint.hdf5.write, self.call, OSError(28, "No space left on device"))
+        if self.kind in ("begin", "save"):
+            draft, name = checkpoint.hdf5.Draft, "finish" if self.kind == "save" else "__init__"
+            setattr(draft, name, _failing(getattr(draft, name), self.call, OSError(28, "No space left on device")))
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.second(torch.relu(self.first(images.flatten(1))))

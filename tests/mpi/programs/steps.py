@@ -7,6 +7,7 @@ STEPS.json is a list of {"argv": [...], ...}; optional keys of a step:
     "abandon": true   every round is given up before its first batch, as if a signal had come long ago
     "drift": rank     that rank's weights change by one bit before replicas are compared
     "ranks_per_node": n   so many ranks are taken for a node
+    "kept_bytes": n   residuals beyond so many bytes are written before training goes on
 RESULTS_FOLDER/rank-N.json: for each step the exit code and what the rank wrote to stdout and stderr.
 """
 
@@ -18,6 +19,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from unittest import mock
 
 from mpi4py import MPI
 
-from feddip_mpi import cli, rounds, runtime
+from feddip_mpi import cli, rounds, runtime, session
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.server import Server
 
@@ -43,6 +45,9 @@ def execute(argv: list[str]) -> dict[str, Any]:
             cli.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        except Exception:  # the console script would end with it; here the other steps go on
+            traceback.print_exc()
+            code = 1
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
@@ -85,6 +90,8 @@ def main() -> None:
                 stack.enter_context(mock.patch.object(runtime.StopFlag, "expired", lambda *_: True))
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
+            if "kept_bytes" in step:
+                stack.enter_context(mock.patch.object(session, "_KEPT_BYTES", step["kept_bytes"]))
             if "ranks_per_node" in step:
                 stack.enter_context(mock.patch.object(runtime, "ranks_per_node", return_value=step["ranks_per_node"]))
             ended.append(execute(step["argv"]))
