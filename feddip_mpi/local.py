@@ -12,7 +12,6 @@ from torch import Tensor
 from feddip_mpi import generators
 from feddip_mpi.data import augment
 from feddip_mpi.errors import Abandoned
-from feddip_mpi.schedules import RoundPlan
 from feddip_mpi.streams import stream
 from feddip_mpi.vector import BoundModel, Layout
 
@@ -89,8 +88,8 @@ class LocalHook:
     float32 [n] is what the network computes with.
     """
 
-    def begin_round(self, plan: RoundPlan) -> None:
-        """Every rank calls it before its clients of a round train."""
+    def begin_round(self, round: int, updates_mask: bool) -> None:
+        """Every rank calls it before its clients of round t train; whether the mask is renewed at its end."""
 
     def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:
         """A client begins with the received weights; `batches`: how many steps it will make."""

@@ -328,7 +328,7 @@ def _train_and_send(
     config, comm = federation.config, federation.comm
     received = server.pruned(srv.weights, srv.mask)
     if federation.trainer.hook is not None:
-        federation.trainer.hook.begin_round(plan)
+        federation.trainer.hook.begin_round(plan.round, plan.update_mask)
     for slot, client in enumerate(plan.participants):
         if task.placed[client] != comm.rank:
             continue
