@@ -55,7 +55,7 @@ def chain(model: nn.Module, input_shape: Sequence[int], names: Sequence[str]) ->
         if not reached[0].layers and not reached[-1].layers:
             continue  # nothing comes after it
         consumers = {index for each in reached for index in each.layers}
-        if len(consumers) != 1:
+        if len(consumers) != 1 or any(each.output for each in reached):
             raise _no_chain(name, [names[index] for index in sorted(consumers)])
         (consumer,) = consumers
         inputs = probe.layers[consumer].weight.shape[1]
@@ -80,10 +80,11 @@ def _no_chain(name: str, consumers: Sequence[str]) -> InputError:
 
 @dataclass
 class _Reached:
-    """Layers (with the inputs that are NaN, not all of them) and normalisations that see a channel directly."""
+    """Layers (with the inputs that are NaN) and normalisations that see a channel, and whether the output does."""
 
     layers: dict[int, list[int]]
     norms: list[str]
+    output: bool = False
 
 
 class _Probe:
@@ -101,16 +102,17 @@ class _Probe:
             raise _no_chain(next(n for n, m in zip(names, self.layers, strict=True) if getattr(m, "groups", 1) != 1), [])
 
     def reached(self, producer: int, channel: int) -> _Reached:
-        """What sees a NaN in one output channel of a layer before anything has mixed it with others."""
+        """What sees a NaN in one output channel of a layer; the other layers pass none on."""
         found = _Reached({}, [])
         handles = [self.layers[producer].register_forward_hook(_poison(channel))]
         for index, layer in enumerate(self.layers):
             if index != producer:
                 handles.append(layer.register_forward_pre_hook(_note(lambda bad, i=index: found.layers.update({i: bad}))))
+                handles.append(layer.register_forward_hook(lambda module, inputs, output: output.nan_to_num()))
         for name, norm in self._norms.items():
             handles.append(norm.register_forward_pre_hook(_note(lambda bad, n=name: found.norms.append(n))))
         with torch.no_grad(), generators.preserved():
-            self._model(torch.ones(1, *self._shape))
+            found.output = bool(self._model(torch.ones(1, *self._shape)).isnan().any())
         for handle in handles:
             handle.remove()
         return found
@@ -129,7 +131,7 @@ def _note(tell: Any) -> Any:
     def hook(module: nn.Module, inputs: Any) -> None:
         flat = inputs[0].transpose(0, 1).reshape(inputs[0].shape[1], -1)
         bad = flat.isnan().any(dim=1)
-        if bool(bad.any()) and not bool(bad.all()):
+        if bool(bad.any()):
             tell(bad.nonzero().squeeze(1).tolist())
 
     return hook
