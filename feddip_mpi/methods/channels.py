@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -73,8 +73,9 @@ def chain(model: nn.Module, input_shape: Sequence[int], names: Sequence[str]) ->
 def _no_chain(name: str, consumers: Sequence[str]) -> InputError:
     into = f"goes into {', '.join(consumers)}" if consumers else "does not go into exactly one other layer"
     return InputError(
-        f"method: prunetrain removes whole channels, for which every layer's channels must go into one other prunable "
-        f"layer, in their order; {name} {into}. Models that fit: lenet5, alexnet, vgg11, with nothing in model.keep_dense"
+        f"method: prunetrain (and the small export) removes whole channels: every layer's channels must go into one other "
+        f"prunable layer, in their order; {name} {into}. Models that fit: lenet5, alexnet, vgg11, "
+        "with nothing in model.keep_dense"
     )
 
 
@@ -143,6 +144,16 @@ def kept_channels(mask: Tensor, shapes: Sequence[tuple[int, ...]], links: Sequen
     return [views[link.producer].flatten(1).any(dim=1) for link in links]
 
 
+def taken_channels(mask: Tensor, shapes: Sequence[tuple[int, ...]], links: Sequence[Link]) -> list[Tensor]:
+    """Which channels of each link anything takes: bool [channels], one True at least; the others do not matter."""
+    out = []
+    for link in links:
+        taken = groups(mask, shapes, link)[1].any(dim=2).any(dim=0)
+        taken[0] |= not bool(taken.any())
+        out.append(taken)
+    return out
+
+
 def mask_of(kept: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], links: Sequence[Link]) -> Tensor:
     """The mask bool [P] without the removed channels, in both layers of each link."""
     mask = torch.ones(sum(prod(shape) for shape in shapes), dtype=torch.bool, device=kept[0].device)
@@ -189,7 +200,7 @@ def smaller(model: nn.Module, names: Sequence[str], links: Sequence[Link], kept:
         kept: bool [channels] for each link.
     """
     copy = deepcopy(model)
-    modules = dict(copy.named_modules())
+    modules: dict[str, Any] = dict(copy.named_modules())
     layers: list[Any] = [modules[name.rpartition(".")[0]] for name in names]
     for link, left in zip(links, kept, strict=True):
         left = left.to(layers[0].weight.device)
@@ -198,14 +209,32 @@ def smaller(model: nn.Module, names: Sequence[str], links: Sequence[Link], kept:
         consumer.weight = nn.Parameter(consumer.weight.data[:, left.repeat_interleave(link.span)].clone())
         for name in link.norms:
             _select(modules[name], ("weight", "bias", "running_mean", "running_var"), left)
-            modules[name].num_features = int(left.sum())
-    for layer in layers:
-        outputs, inputs = layer.weight.shape[:2]
-        if isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = outputs, inputs
-        else:
-            layer.out_channels, layer.in_channels = outputs, inputs
+    for module in copy.modules():
+        _name_sizes(module)
     return copy
+
+
+def resized(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the network with the tensors of `state`, whose layers may have fewer channels."""
+    copy = deepcopy(model)
+    modules = dict(copy.named_modules())
+    for name, tensor in state.items():
+        prefix, _, leaf = name.rpartition(".")
+        trained = isinstance(getattr(modules[prefix], leaf), nn.Parameter)
+        setattr(modules[prefix], leaf, nn.Parameter(tensor.clone()) if trained else tensor.clone())
+    for module in copy.modules():
+        _name_sizes(module)
+    return copy
+
+
+def _name_sizes(module: Any) -> None:
+    """Let a module's numbers say what its tensors are."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, _NORMS) and module.weight is not None:
+        module.num_features = module.weight.shape[0]
 
 
 def _select(module: Any, names: Sequence[str], left: Tensor) -> None:

@@ -15,29 +15,17 @@ from feddip_mpi import checkpoint, config, federation, masks, methods, rounds, r
 from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
 from feddip_mpi.federation import Federation
-from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning
 from feddip_mpi.schedules import plan_round
 
 DENSE = ("fedavg", "fedprox")
-OWN = f"{__name__}:Remembering"
+OWN = f"{__name__}:Steady"
 ALL = (*config.METHODS, OWN)
 
-
-class Remembering(Method):
-    """Cuts by the running mean of |v|: a method of a user's, with a memory of its own."""
-
-    summary = "cuts by a running mean"
-
-    def first_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return {"mean": weights[: mask.numel()].abs()}
-
-    def remember(self, seen: Any, mask: Tensor) -> dict[str, Tensor]:
-        return {"mean": 0.5 * seen.memories["mean"] + 0.5 * seen.value[: mask.numel()].abs()}
-
-    def cut(self, seen: Any) -> Tensor:
-        keep = masks.kept_count(seen.old.size, seen.plan.sparsity)
-        return masks.select_largest(seen.memories["mean"].masked_fill(~seen.old.mask, -1.0), keep)
+# The worked example of "Add your own method", as it stands there: a class `Steady` with a memory of its own.
+PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+EXAMPLE = PAGE.split("## Add your own method")[1].split("```python\n")[1].split("```")[0]
+exec(compile(EXAMPLE, "docs/methods.md", "exec"))
 
 
 class Net(nn.Module):
@@ -208,6 +196,27 @@ def test_unknown_names(name: str, message: str) -> None:
 def test_wrong_import_paths(path: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         methods.named(path)
+
+
+def test_the_example_of_the_page_does_what_the_page_says() -> None:
+    """It cuts by the mean over the rounds before, not by the magnitude of now."""
+    built = build(OWN, upload={"values": "fp32"})
+    state = rounds.initial_state(built)
+    size, mean = built.layout.prunable, state.server.weights[: built.layout.prunable].abs()
+    differs = False
+    for t in range(4):
+        old, plan = state.server.mask, plan_round(built.config, t)
+        rounds.play(built, state, plan)
+        if plan.update_mask:
+            keep = masks.kept_count(size, plan.sparsity)
+            assert torch.equal(state.server.mask, masks.select_largest(mean.masked_fill(~old, -1.0), keep))
+            now = masks.select_largest(state.memories["mean"].masked_fill(~old, -1.0), keep)
+            differs = differs or not torch.equal(now, state.server.mask)
+        else:
+            now = 0.7 * mean + 0.3 * state.server.weights[:size].abs()
+            assert torch.allclose(state.memories["mean"][old], now[old])
+        mean = state.memories["mean"]
+    assert differs
 
 
 def test_every_method_says_what_it_does() -> None:
