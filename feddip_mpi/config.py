@@ -246,7 +246,7 @@ class PruneFLConfig(_Section):
         1, ge=0, description="local rounds of the one client that prunes before the federation begins; 0: none"
     )
     overhead: float = Field(
-        0.1,
+        0.15,
         ge=0,
         le=1e3,
         description="time of a round that no pruning saves, over that of the dense weights (size: adaptive)",

@@ -100,7 +100,9 @@ class _Probe:
         self.layers: list[Any] = [modules[name.rpartition(".")[0]] for name in names]
         self._norms = {name: module for name, module in modules.items() if isinstance(module, _NORMS)}
         if any(getattr(layer, "groups", 1) != 1 for layer in self.layers):
-            raise _no_chain(next(n for n, m in zip(names, self.layers, strict=True) if getattr(m, "groups", 1) != 1), [])
+            raise _no_chain(
+                next(n for n, m in zip(names, self.layers, strict=True) if getattr(m, "groups", 1) != 1), []
+            )
 
     def reached(self, producer: int, channel: int) -> _Reached:
         """What sees a NaN in one output channel of a layer; the other layers pass none on."""
@@ -108,7 +110,9 @@ class _Probe:
         handles = [self.layers[producer].register_forward_hook(_poison(channel))]
         for index, layer in enumerate(self.layers):
             if index != producer:
-                handles.append(layer.register_forward_pre_hook(_note(lambda bad, i=index: found.layers.update({i: bad}))))
+                handles.append(
+                    layer.register_forward_pre_hook(_note(lambda bad, i=index: found.layers.update({i: bad})))
+                )
                 handles.append(layer.register_forward_hook(lambda module, inputs, output: output.nan_to_num()))
         for name, norm in self._norms.items():
             handles.append(norm.register_forward_pre_hook(_note(lambda bad, n=name: found.norms.append(n))))
@@ -169,9 +173,7 @@ def weights_left(kept: Sequence[int], shapes: Sequence[tuple[int, ...]], links: 
     outputs, inputs = {}, {}
     for link, left in zip(links, kept, strict=True):
         outputs[link.producer], inputs[link.consumer] = left, left * link.span
-    return sum(
-        outputs.get(i, shape[0]) * inputs.get(i, shape[1]) * prod(shape[2:]) for i, shape in enumerate(shapes)
-    )
+    return sum(outputs.get(i, shape[0]) * inputs.get(i, shape[1]) * prod(shape[2:]) for i, shape in enumerate(shapes))
 
 
 def groups(vector: Tensor, shapes: Sequence[tuple[int, ...]], link: Link) -> tuple[Tensor, Tensor]:

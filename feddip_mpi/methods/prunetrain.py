@@ -60,9 +60,7 @@ class PruneTrain(Method):
         kept = channels.kept_channels(mask, self._shapes, self.links)
         removed = sum(int((~left).sum()) for left in kept)
         by_layer = [int(part.sum()) for part in mask.split(list(self.layout.prunable_sizes))]
-        gone = sum(
-            int((~left).sum()) * (1 + 2 * len(link.norms)) for link, left in zip(self.links, kept, strict=True)
-        )
+        gone = sum(int((~left).sum()) * (1 + 2 * len(link.norms)) for link, left in zip(self.links, kept, strict=True))
         names = self.layout.prunable_names
         return {
             "channels_removed": removed,
@@ -139,9 +137,7 @@ def _rms(group: Tensor, dims: tuple[int, ...]) -> Tensor:
 class _GroupLasso(LocalHook):
     """Adds lambda * w_G / ||w_G|| for every group, 0 where the norm is 0."""
 
-    def __init__(
-        self, strength: float, shapes: tuple[tuple[int, ...], ...], links: tuple[channels.Link, ...]
-    ) -> None:
+    def __init__(self, strength: float, shapes: tuple[tuple[int, ...], ...], links: tuple[channels.Link, ...]) -> None:
         self._strength, self._shapes, self._links = strength, shapes, links
 
     def gradient(self, gradient: Tensor, weights: Tensor, active: Tensor, kept: Tensor, batch: int) -> None:

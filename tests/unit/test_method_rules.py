@@ -222,7 +222,8 @@ def test_a_round_of_feddst_equals_a_plain_loop() -> None:
     record = rounds.play(built, state, plan)
     assert record["mask_grown"] == record["mask_pruned"] > 5
     for new, before, mean, voted in zip(
-        *(x.split(list(layout.prunable_sizes)) for x in (state.server.mask, old, expected[:prunable], votes)), strict=True
+        *(x.split(list(layout.prunable_sizes)) for x in (state.server.mask, old, expected[:prunable], votes)),
+        strict=True,
     ):
         assert int(new.sum()) == int(before.sum()) and (voted[new] > 0).all()
         left_out = mean[(voted > 0) & ~new].abs()
@@ -299,10 +300,8 @@ def test_prunefl_reconfigures_by_gradient_over_time() -> None:
     mask = built.method.cut(Seen(plan, srv.support, srv.weights, (scores,), {}))
     assert int(mask.sum()) == srv.support.count
     used = work.uses(built.bound.model, (2, 6, 6), built.layout.prunable_names)
-    cost = prunefl.costs([used[n] for n in built.layout.prunable_names], built.layout.prunable_sizes)
-    fixed = prunefl.not_removable(
-        srv.weights[:prunable], srv.mask, built.layout.prunable_sizes, 0.5, srv.support.count
-    )
+    cost = prunefl.costs([0, *(used[n] for n in built.layout.prunable_names[1:])], built.layout.prunable_sizes)
+    fixed = prunefl.not_removable(srv.weights[:prunable], srv.mask, built.layout.prunable_sizes, 0.5, srv.support.count)
     assert mask[fixed].all()
     per_time = scores / cost
     assert per_time[mask & ~fixed].min() >= per_time[~mask].max()
@@ -379,7 +378,10 @@ def test_prunetrain_removes_the_least_important_channels_by_hand() -> None:
     # The paper's rule: a channel goes where all of either side is below the threshold.
     by_threshold = prunetrain.above(vector, kept, shapes, links, 2.0)
     assert [k.tolist() for k in by_threshold] == [[True, False, False], [True, True]]
-    assert [k.tolist() for k in prunetrain.above(vector, kept, shapes, links, 99.0)] == [[True, False, False], [True, False]]
+    assert [k.tolist() for k in prunetrain.above(vector, kept, shapes, links, 99.0)] == [
+        [True, False, False],
+        [True, False],
+    ]
 
 
 @pytest.mark.parametrize(("name", "shape"), [("lenet5", (1, 28, 28)), ("alexnet", (3, 32, 32)), ("vgg11", (3, 32, 32))])
@@ -426,7 +428,9 @@ def test_prunetrain_counts_the_smaller_network() -> None:
 
 
 def test_prunetrain_refuses_networks_that_are_no_chain() -> None:
-    skips = "conv1.weight goes into layer1.0.conv1.weight, layer1.1.conv1.weight, .*Models that fit: lenet5, alexnet, vgg11"
+    skips = (
+        "conv1.weight goes into layer1.0.conv1.weight, layer1.1.conv1.weight, .*Models that fit: lenet5, alexnet, vgg11"
+    )
     with pytest.raises(InputError, match=f"prunetrain.*{skips}"):
         model = models.create("resnet18", 3, (32, 32), 10)
         channels.chain(model, (3, 32, 32), models.prunable_names(model))
@@ -519,7 +523,7 @@ def test_sparsyfed_keeps_the_union_then_cuts_by_hand() -> None:
     size = built.layout.prunable
     votes, value = torch.zeros(size), torch.zeros(built.layout.size)
     union = masks.kept_count(size, 0.8) + 7
-    votes[:union], value[: size] = 0.3, torch.linspace(1, 2, size)
+    votes[:union], value[:size] = 0.3, torch.linspace(1, 2, size)
     seen = Seen(plan_round(built.config, 0), Support.of(torch.ones(size, dtype=torch.bool)), value, (votes,), {})
     merged = built.method.merge(seen)
     assert torch.equal(merged[:union], value[:union]) and not merged[union:size].any()

@@ -87,7 +87,9 @@ def test_ranks_change_no_bit_and_no_count(method: str) -> None:
 
     results = together(3, work)
     assert bits([each for each, _ in results]) == bits([state])
-    for names in (("upload_bytes", "upload_extra_bytes", "upload_indices_bytes", "test_loss", "train_loss", "sparsity"),):
+    for names in (
+        ("upload_bytes", "upload_extra_bytes", "upload_indices_bytes", "test_loss", "train_loss", "sparsity"),
+    ):
         assert [[r[n] for n in names] for r in results[0][1]] == [[r[n] for n in names] for r in expected]
     for _, records in results:
         # What the ranks handed over are the frames, those of the opening and of the extras too.
