@@ -101,6 +101,10 @@ class MaskConfig(_Section):
     initial: Literal["erk", "uniform", "magnitude", "snip", "none"] = Field(
         "none", description="the rule of the first mask; none: dense until the first update; the paper's is erk"
     )
+    rescale: bool = Field(
+        False,
+        description="initial weights inside a sparse first mask are multiplied by the root of size / kept of their layer",
+    )
     freeze_after: float = Field(
         0.75, gt=0, le=1, description="share of the rounds after which the mask stays fixed (s_t reaches s_p by then)"
     )
@@ -219,7 +223,7 @@ class FedDSTConfig(_Section):
     """FedDST: clients drop and grow weights, the server keeps what most data voted for (`method: feddst`)."""
 
     drop: float = Field(
-        0.5,
+        0.3,
         gt=0,
         lt=1,
         description="alpha, share of each layer's weights that a client exchanges at first; falls as a cosine",

@@ -75,7 +75,7 @@ def initial_state(federation: Federation) -> State:
     config, layout, method = federation.config, federation.layout, federation.method
     holders = initial_holders(config.clients, federation.comm.size)
     sums, opened = besides.opening(federation, holders)
-    weights, mask = method.start(federation.initial, sums)
+    weights, mask = method.begin(federation.initial, sums)
     weights = server.pruned(weights, mask)
     # With references (EF21) server and clients share what was sent instead of keeping what was not.
     reference = torch.zeros_like(weights[: layout.prunable]) if config.upload.residual == "ef21" else None

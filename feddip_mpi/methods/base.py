@@ -141,6 +141,11 @@ class Method:
         rule = self.config.mask.initial if self.masking == "scheduled" else "none"
         return weights, self.first_mask(rule, weights[: self.layout.prunable], opened)
 
+    def begin(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`start`, and what `mask.rescale` makes of its weights."""
+        weights, mask = self.start(weights, opened)
+        return (rescaled(weights, mask, self.layout) if self.config.mask.rescale else weights), mask
+
     def first_mask(self, rule: str, prunable: Tensor, opened: Sequence[Tensor]) -> Tensor:
         """A mask bool [P] by a rule of `mask.initial` with exactly the first sparsity."""
         sparsity = self.first_sparsity(self.config)
@@ -213,3 +218,20 @@ class Method:
     def facts(self, mask: Tensor) -> dict[str, object]:
         """What the run's summary says about the mask [P] besides its sparsity, in JSON values."""
         return {}
+
+
+def rescaled(weights: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+    """Initial weights whose sums have the variance that the dense ones had (Evci et al. 2022, section 3).
+
+    Of `size` weights of a layer `kept` are left: these are multiplied by sqrt(size / kept).
+
+    Args:
+        weights: float32 [n]; a changed copy is returned.
+        mask: bool [P].
+        layout: where the layers lie.
+    """
+    out = weights.clone()
+    sizes = list(layout.prunable_sizes)
+    for values, part in zip(out[: layout.prunable].split(sizes), mask.split(sizes), strict=True):
+        values.mul_((part.numel() / max(1, int(part.sum()))) ** 0.5)
+    return out

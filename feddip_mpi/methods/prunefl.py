@@ -74,6 +74,10 @@ class PruneFL(Method):
         left = trained[: self.layout.prunable] != 0
         return trained, self._chosen(trained, opened[1], left, self.config.sparsity.initial)
 
+    def begin(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        # What one client has trained is not rescaled.
+        return self.start(weights, opened) if self.config.prunefl.first_rounds else super().begin(weights, opened)
+
     def hook(self, bound: BoundModel) -> LocalHook:
         return _SquaredGradients(self.layout.prunable, bound.vector.device)
 

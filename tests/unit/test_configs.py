@@ -59,7 +59,8 @@ def test_the_study_differs_in_the_method_alone() -> None:
         own = {"method", "mask", "penalty", "proximal", "server_memory", "upload", values["method"]}
         shared = {key: value for key, value in values.items() if key not in own}
         assert shared == {key: loaded["feddip"][key] for key in shared}, name
-        assert values["mask"]["every"] == 5 and (values["mask"]["freeze_after"] == 0.75 or name == "feddip-published")
+        if name not in ("feddip-published", "fedavg", "fedprox"):
+            assert values["mask"] == loaded["feddip"]["mask"]
 
 
 def test_quickstart_is_small_enough() -> None:

@@ -537,6 +537,23 @@ def test_sparsyfed_keeps_the_union_then_cuts_by_hand() -> None:
 # What they share
 
 
+@pytest.mark.parametrize("method", ["erk", "snip", "ssfl", "feddst"])
+def test_a_sparse_beginning_can_be_rescaled(method: str) -> None:
+    plain, scaled = fp32(method), fp32(method, mask={"every": 2, "rescale": True})
+    one, other = rounds.initial_state(plain).server, rounds.initial_state(scaled).server
+    assert torch.equal(one.mask, other.mask)
+    sizes = list(plain.layout.prunable_sizes)
+    for before, after, kept in zip(one.weights[: sum(sizes)].split(sizes), other.weights[: sum(sizes)].split(sizes),
+                                   one.mask.split(sizes), strict=True):  # fmt: skip
+        assert torch.allclose(after, before * math.sqrt(len(kept) / int(kept.sum())))
+    assert torch.equal(one.weights[sum(sizes) :], other.weights[sum(sizes) :])
+
+
+def test_what_was_trained_before_is_not_rescaled() -> None:
+    states = [rounds.initial_state(fp32("prunefl", mask={"every": 2, "rescale": on})).server for on in (True, False)]
+    assert torch.equal(states[0].weights, states[1].weights)
+
+
 def test_uses_by_hand() -> None:
     model = models.create("lenet5", 1, (28, 28), 10)
     names = models.prunable_names(model)
