@@ -36,8 +36,9 @@ def contenders(name: str, shape: tuple[int, int, int], images: int) -> dict[str,
     data = DeviceData(raw, labels, one, one, channels_last=True)
     model, layout = federation.build_model(settings, shape, 10)
     initial = flatten(model, layout)
-    mask = methods.initial_mask(settings, layout, initial)
-    trainer = LocalTrainer(BoundModel(model, layout, torch.device("cpu")), data, methods.local_rule(settings))
+    method = methods.make(settings, model, layout, shape)
+    _, mask = method.start(initial, [])
+    trainer = LocalTrainer(BoundModel(model, layout, torch.device("cpu")), data, method.local_rule())
     order = np.arange(images)
     found: dict[str, Callable[[], None]] = {
         "DPF, penalty 0": lambda: trainer.train(initial, mask, order, 1e-4, 0.0, 0, 0) and None,

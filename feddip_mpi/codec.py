@@ -67,7 +67,7 @@ class Upload:
     """What both ends agree on before a client encodes.
 
     Attributes:
-        values: value type of the prunable coordinates (values.KINDS).
+        values: value type of the prunable coordinates (values.WIRE).
         stochastic: round quantised values up or down at random (unbiased) instead of to the nearest.
         dense: all prunable coordinates travel; otherwise those in the mask and `regrow` others.
         regrow: coordinates sent from outside the mask: those with the largest |update + residual|.
@@ -137,7 +137,7 @@ class Message:
         index_bytes = staging.to_host(places) if places is not None else np.zeros(0, np.uint8)
         flags = _DENSE * self.dense | _COMPRESSED * compressed | coding[2]
         header = _HEADER.pack(
-            _MAGIC, _VERSION, self.kind, values.KINDS.index(self.coded.kind), flags, coding[0], coding[1], phase,
+            _MAGIC, _VERSION, self.kind, values.WIRE.index(self.coded.kind), flags, coding[0], coding[1], phase,
             self.round, self.client, self.support.digest, lo, hi, stop - start, index_bytes.size, 0,
         )[: -_CRC.size]  # fmt: skip
         other = staging.to_host(values.as_bytes(tail))
@@ -355,11 +355,11 @@ def _read_header(frame: np.ndarray, round: int) -> _Header:
         _HEADER.unpack_from(raw)
     )
     lo, hi, count, index_bytes, crc = rest
-    known = kind in (SUPPORT, REGROW) and value_type < len(values.KINDS) and flags < 8
+    known = kind in (SUPPORT, REGROW) and value_type < len(values.WIRE) and flags < 8
     if magic != _MAGIC or version != _VERSION or not known:
         raise PeerError(f"round {round + 1}: a message is no frame of format {_VERSION} (begins {raw[:8].hex()})")
     head = _Header(
-        kind, values.KINDS[value_type], flags, coding, parameter, phase, client, digest, lo, hi, count, index_bytes
+        kind, values.WIRE[value_type], flags, coding, parameter, phase, client, digest, lo, hi, count, index_bytes
     )
     if _checksum(frame) != crc:
         raise PeerError(f"{head.name(round)}: frame altered or cut on its way (CRC differs)")

@@ -102,6 +102,10 @@ class MaskConfig(_Section):
     initial: Literal["erk", "uniform", "magnitude", "snip", "none"] = Field(
         "none", description="the rule of the first mask; none: dense until the first update; the paper's is erk"
     )
+    rescale: bool = Field(
+        False,
+        description="initial weights inside a sparse first mask are multiplied by the root of size / kept of their layer",
+    )
     freeze_after: float = Field(
         0.75, gt=0, le=1, description="share of the rounds after which the mask stays fixed (s_t reaches s_p by then)"
     )
@@ -217,6 +221,74 @@ class CheckpointConfig(_Section):
     background: bool = Field(True, description="training goes on while rank 0 writes the file")
 
 
+class FedDSTConfig(_Section):
+    """FedDST: clients drop and grow weights, the server keeps what most data voted for (`method: feddst`)."""
+
+    drop: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="alpha, share of each layer's weights that a client exchanges at first; falls as a cosine",
+    )
+    after: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="share of a client's local batches after which it exchanges them; the rest trains the new ones",
+    )
+
+
+class PruneFLConfig(_Section):
+    """PruneFL: squared gradients over time decide what is kept (`method: prunefl`)."""
+
+    size: Literal["sparsity", "adaptive"] = Field(
+        "sparsity",
+        description="how many weights are kept: as sparsity.* says, or as many as pay for their time (the paper's)",
+    )
+    removable: float = Field(
+        0.3, gt=0, le=1, description="share of each layer's kept weights, the smallest, that a mask update may remove"
+    )
+    first_rounds: int = Field(
+        1, ge=0, description="local rounds of the one client that prunes before the federation begins; 0: none"
+    )
+    overhead: float = Field(
+        0.15,
+        ge=0,
+        le=1e3,
+        description="time of a round that no pruning saves, over that of the dense weights (size: adaptive)",
+    )
+
+
+class PruneTrainConfig(_Section):
+    """PruneTrain: group lasso, and whole channels removed (`method: prunetrain`)."""
+
+    ratio: float = Field(
+        0.25, gt=0, lt=1, description="share of the group lasso in the first loss, which sets its strength"
+    )
+    cut: Literal["sparsity", "threshold"] = Field(
+        "sparsity",
+        description="remove channels until sparsity.* is reached, or by prunetrain.threshold (the paper's)",
+    )
+    threshold: float = Field(
+        1e-4, gt=0, le=1e3, description="channels whose largest weight is below this are removed (cut: threshold)"
+    )
+
+
+class SparsyFedConfig(_Section):
+    """SparsyFed: power propagation and pruned activations (`method: sparsyfed`)."""
+
+    power: float = Field(1.25, ge=1, le=4, description="beta of w = theta |theta|^(beta - 1); 1: none")
+    activations: bool = Field(
+        True, description="gradients of weights see pruned activations, as sparse as the layer's weights"
+    )
+
+
+# The methods of this program (`feddip_mpi.methods`); any other is named by its import path.
+METHODS = (
+    "feddip", "fedavg", "fedprox", "erk", "gradual", "snip", "ssfl", "feddst", "prunefl", "prunetrain", "sparsyfed",
+)  # fmt: skip
+
+
 class Config(_Section):
     """One experiment. Symbols in descriptions are those of docs/method.md."""
 
@@ -229,7 +301,9 @@ class Config(_Section):
     learning_rate: float = Field(0.1, gt=0, le=1e3, description="eta_0")
     learning_rate_decay: float = Field(0.998, gt=0, le=1, description="gamma, factor per round")
     weight_decay: float = Field(5e-4, ge=0, le=1e3, description="mu, on all parameters")
-    method: Literal["feddip", "fedavg", "fedprox"] = Field("feddip", description="the federated method")
+    method: str = Field(
+        "feddip", description=f"the federated method: {', '.join(METHODS)}, or an import path package.module:name"
+    )
     proximal: float = Field(0.01, ge=0, le=1e6, description="strength of FedProx's proximal term")
     feedback: bool = Field(
         True, description="pruned weights keep moving and may grow back; off also masks the gradient"
@@ -251,6 +325,10 @@ class Config(_Section):
     download: DownloadConfig = Field(default_factory=DownloadConfig, description="the download")
     network: NetworkConfig = Field(default_factory=NetworkConfig, description="the network")
     control: ControlConfig = Field(default_factory=ControlConfig, description="adaptive control, off by default")
+    feddst: FedDSTConfig = Field(default_factory=FedDSTConfig, description="settings of method: feddst")
+    prunefl: PruneFLConfig = Field(default_factory=PruneFLConfig, description="settings of method: prunefl")
+    prunetrain: PruneTrainConfig = Field(default_factory=PruneTrainConfig, description="settings of method: prunetrain")
+    sparsyfed: SparsyFedConfig = Field(default_factory=SparsyFedConfig, description="settings of method: sparsyfed")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
@@ -270,6 +348,17 @@ class Config(_Section):
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
     deterministic: bool = Field(True, description="on a GPU, only algorithms that repeat bit for bit")
+
+    @field_validator("method")
+    @classmethod
+    def _a_method(cls, name: str) -> str:
+        if name in METHODS or ":" in name:
+            return name
+        near = difflib.get_close_matches(name.lower(), METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PydanticCustomError("method", "{hint}valid: {names}, or package.module:name", {
+            "hint": hint, "names": ", ".join(METHODS),
+        })  # fmt: skip
 
 
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.

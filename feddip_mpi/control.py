@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from feddip_mpi import methods
 from feddip_mpi.config import Config
 from feddip_mpi.metrics import Record
-from feddip_mpi.schedules import METHODS_THAT_PRUNE, Control, last_mask_update, updates_mask
+from feddip_mpi.schedules import Control, last_mask_update, updates_mask
 
 # One step of the penalty's factor and how far it may go in all; steps are small because cuts are rare.
 _PENALTY_STEP, _PENALTY_LIMIT = 1.25, 4.0
@@ -28,7 +29,7 @@ def decide(config: Config, history: Sequence[Record]) -> Control:
     - `control.upload_bytes`: the regrow share halves after a round in which a participant sent more than this on the
       mean, and doubles, up to what is configured, after a mask update that stayed below 80 % of it.
     """
-    if not history or config.method not in METHODS_THAT_PRUNE:
+    if not history or methods.named(config.method).masking != "scheduled":
         return Control()
     waits, due = _mask(config, history)
     return Control(

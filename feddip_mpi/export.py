@@ -11,7 +11,8 @@ file too:
                    255 steps without a weight; any other byte is the rest of the way to the next one
     metadata       `shapes`: JSON, from NAME to its shape, of the tensors that are not stored dense
 
-All three carry the same bits. `READ_SPARSE` reads the sparse form with numpy and safetensors alone.
+All three carry the same bits. A fourth, `small`, is for networks that have lost whole channels (`method: prunetrain`): the
+tensors of the smaller network, which `load_small` builds. `READ_SPARSE` reads the sparse form with numpy and safetensors alone.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from feddip_mpi import __version__, federation, hdf5, server
+from feddip_mpi import __version__, federation, hdf5, models, server
 from feddip_mpi.checkpoint import Loaded, check_model
 from feddip_mpi.errors import DamagedFileError, InputError
+from feddip_mpi.methods import channels
 from feddip_mpi.report import terminal
 
-FORMATS = ("safetensors", "torch", "sparse")
-_SUFFIXES = {".sparse.safetensors": "sparse", ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}
+FORMATS = ("safetensors", "torch", "sparse", "small")
+_SUFFIXES = {
+    ".sparse.safetensors": "sparse", ".small.safetensors": "small", ".safetensors": "safetensors",
+    ".pt": "torch", ".pth": "torch",
+}  # fmt: skip
 _FAR = 255  # in gaps: this many steps, and no weight yet
 
 READ_SPARSE = """\
@@ -93,6 +98,9 @@ def export(loaded: Loaded, path: Path, form: str | None = None, force: bool = Fa
         way_out = "is a folder; name a file" if path.is_dir() else "exists already; --force replaces it"
         raise InputError(f"{path}: {way_out}")
     tensors = pruned_state(loaded)
+    dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if form == "small":
+        tensors = small_state(loaded)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         _write(temporary, tensors, loaded, form)
@@ -105,7 +113,7 @@ def export(loaded: Loaded, path: Path, form: str | None = None, force: bool = Fa
         path=path,
         form=form,
         file_bytes=path.stat().st_size,
-        dense_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        dense_bytes=dense_bytes,
         kept=int(loaded.server.mask.sum()),
         prunable=loaded.server.mask.numel(),
     )
@@ -124,6 +132,8 @@ def report(exported: Exported) -> str:
         lines.append(f"read it: model.load_state_dict(safetensors.torch.load_file({file}))")
     elif exported.form == "torch":
         lines.append(f"read it: model.load_state_dict(torch.load({file}, weights_only=True))")
+    elif exported.form == "small":
+        lines.append(f"read it: model = feddip_mpi.export.load_small({file}), the network with fewer channels")
     else:
         snippet = "".join(f"    {line}" for line in READ_SPARSE.replace("FILE", file).splitlines(keepends=True))
         lines.append(
@@ -154,6 +164,43 @@ def pruned_state(loaded: Loaded) -> dict[str, Tensor]:
     return {name: ours.get(name, value).detach().clone().contiguous() for name, value in state.items()}
 
 
+def small_state(loaded: Loaded) -> dict[str, Tensor]:
+    """The state dict of the network without the channels that no layer takes any more; its outputs are the same.
+
+    Raises:
+        InputError: the network's layers are no chain (see `channels.chain`).
+    """
+    model, layout = federation.build_model(loaded.config, loaded.input_shape, loaded.classes)
+    model.load_state_dict(pruned_state(loaded))
+    links = channels.chain(model, loaded.input_shape, layout.prunable_names)
+    kept = channels.taken_channels(loaded.server.mask, layout.prunable_shapes, links)
+    small = channels.smaller(model, layout.prunable_names, links, kept)
+    return {name: value.detach().clone().contiguous() for name, value in small.state_dict().items()}
+
+
+def load_small(path: str | os.PathLike[str]) -> nn.Module:
+    """The smaller network of the `small` form, in eval mode.
+
+    Raises:
+        InputError: there is no such file, or it is not of this form.
+        DamagedFileError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path}: cannot be read as safetensors ({error})") from None
+    if about.get("form") != "feddip-mpi small 1":
+        raise InputError(f"{path}: not the small form; `feddip-mpi export RUN NAME.small.safetensors` writes it")
+    depth, height, width = json.loads(about["input_shape"])
+    model = models.create(about["architecture"], depth, (height, width), int(about["classes"]))
+    return channels.resized(model, state).eval()
+
+
 def _write(path: Path, tensors: Mapping[str, Tensor], loaded: Loaded, form: str) -> None:
     if form == "torch":
         torch.save(dict(tensors), path)  # tensors only: torch.load(weights_only=True) reads it
@@ -162,6 +209,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], loaded: Loaded, form: str)
 
     about = metadata(loaded)
     stored = dict(tensors)
+    if form == "small":
+        about |= {"form": "feddip-mpi small 1"}
     if form == "sparse":
         stored, shapes = to_sparse(tensors, loaded.masks)
         about |= {"form": "feddip-mpi sparse 1", "shapes": json.dumps(shapes)}

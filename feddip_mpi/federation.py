@@ -17,6 +17,7 @@ from feddip_mpi.config import Config
 from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.local import DeviceData, LocalTrainer
+from feddip_mpi.methods.base import Method
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
 
@@ -32,6 +33,7 @@ class Federation:
         train_data, test_data: the splits on this rank's device.
         layout, bound, trainer: the model and its flat vector, and what trains it.
         initial: float32 [n] on the device, the initial weights.
+        method: what is trained with; the same on every rank.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Federation:
     bound: BoundModel
     trainer: LocalTrainer
     initial: torch.Tensor
+    method: Method
 
     @property
     def samples(self) -> list[int]:
@@ -64,6 +67,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         )
         model, layout = build_model(config, dataset.train_images.shape[1:], dataset.classes)
         _require_batches_of_two(config, model, parts)
+        method = methods.make(config, model, layout, dataset.train_images.shape[1:])
     except FeddipError as caught:
         error = caught
     comm.check(error)
@@ -84,8 +88,9 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         test_data=test_data,
         layout=layout,
         bound=bound,
-        trainer=LocalTrainer(bound, train_data, methods.local_rule(config)),
+        trainer=LocalTrainer(bound, train_data, method.local_rule(), method.hook(bound)),
         initial=initial,
+        method=method,
     )
 
 

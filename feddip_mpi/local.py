@@ -70,18 +70,47 @@ class DeviceData:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client's round leaves: its update float32 [n], mean loss over the images, how many these are."""
+    """What a client's round leaves: its update float32 [n], mean loss over the images, how many these are.
+
+    `extras`: float32 [P] each, what its method's hook wants to send besides.
+    """
 
     update: Tensor
     loss: float
     samples: int
+    extras: tuple[Tensor, ...] = ()
+
+
+class LocalHook:
+    """What a method does in local training besides its rule; this one does nothing. All of it in place, on the device.
+
+    `weights` float32 [parameters] are what is trained, `kept` float32 [P] is the client's mask (1 or 0), `active`
+    float32 [n] is what the network computes with.
+    """
+
+    def begin_round(self, round: int, updates_mask: bool) -> None:
+        """Every rank calls it before its clients of round t train; whether the mask is renewed at its end."""
+
+    def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:
+        """A client begins with the received weights; `batches`: how many steps it will make."""
+
+    def gradient(self, gradient: Tensor, weights: Tensor, active: Tensor, kept: Tensor, batch: int) -> None:
+        """Of the loss at `active`, float32 [parameters], for all coordinates; before anything is added or masked."""
+
+    def activate(self, weights: Tensor, kept: Tensor, active: Tensor) -> None:
+        """Write the prunable part of `active` after a step."""
+        torch.mul(weights[: kept.numel()], kept, out=active[: kept.numel()])
+
+    def end(self, weights: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        """A client is done: `weights` become what it sends (less the received ones); returns what travels besides."""
+        return ()
 
 
 class LocalTrainer:
     """Trains any client of this rank, one after the other, in the same buffers: memory grows with the model only."""
 
-    def __init__(self, bound: BoundModel, data: DeviceData, rule: LocalRule) -> None:
-        self.bound, self.data, self.rule = bound, data, rule
+    def __init__(self, bound: BoundModel, data: DeviceData, rule: LocalRule, hook: LocalHook | None = None) -> None:
+        self.bound, self.data, self.rule, self.hook = bound, data, rule, hook
         layout = bound.layout
         self._weights = torch.empty(layout.parameters, device=bound.vector.device)
         self._gradient = torch.empty_like(self._weights)
@@ -114,21 +143,30 @@ class LocalTrainer:
         self._begin("dropout", round, client)
         kept = mask.to(torch.float32)
         loss_sum = torch.zeros((), device=active.device)
-        for images, labels in self._batches(samples, round, client):
+        batches, hook = self._batches(samples, round, client), self.hook
+        if hook is not None:
+            hook.begin(self._weights, kept, len(batches))
+        for batch, (images, labels) in enumerate(batches):
             if give_up():
                 raise Abandoned(f"round {round + 1} was abandoned while client {client} trained")
             loss = self._gradient_step(images, labels)
             loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
+            if hook is not None:
+                hook.gradient(self._gradient, self._weights, active, kept, batch)
             add_regularisation(
                 self._gradient, self._weights, active, layout, kept, self.rule, penalty, received[: layout.parameters]
             )
             self._weights.add_(self._gradient, alpha=-learning_rate)
-            torch.mul(self._weights[: layout.prunable], kept, out=active[: layout.prunable])
+            if hook is None:
+                torch.mul(self._weights[: layout.prunable], kept, out=active[: layout.prunable])
+            else:
+                hook.activate(self._weights, kept, active)
             active[layout.prunable : layout.parameters] = self._weights[layout.prunable :]
+        extras = () if hook is None else hook.end(self._weights, kept)
         update = active - received
         update[: layout.parameters] = self._weights - received[: layout.parameters]
         count = len(samples) * self.rule.epochs
-        return LocalResult(update, float(loss_sum) / count, count)
+        return LocalResult(update, float(loss_sum) / count, count, extras)
 
     def mean_gradient(self, weights: Tensor, samples: np.ndarray, round: int, client: int) -> Tensor:
         """Gradient [n] (zero for buffers) of the mean loss over the client's images at `weights` float32 [n].
@@ -189,6 +227,9 @@ class _Batches:
         self, data: DeviceData, order: Tensor, bounds: list[tuple[int, int]], crops: tuple[Tensor, Tensor] | None
     ) -> None:
         self._data, self._order, self._bounds, self._crops = data, order, bounds, crops
+
+    def __len__(self) -> int:
+        return len(self._bounds)
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         for start, stop in self._bounds:

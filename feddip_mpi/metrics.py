@@ -63,6 +63,9 @@ FIELDS: dict[str, Field] = {
     "upload_indices_bytes": Field("int", "config", "of these: indices of off-mask weights"),
     "upload_other_bytes": Field("int", "config", "of these: tensors that are not prunable"),
     "upload_frame_bytes": Field("int", "config", "of these: frames"),
+    "upload_extra_bytes": Field(
+        "int", "config", "of upload_bytes: what the method sends besides updates (saliency, squared gradients, votes)"
+    ),
     "dense_bytes": Field("int", "config", "the same uploads as dense float32"),
     "ranks": Field("int", "ranks", "MPI ranks"),
     "wire_bytes": Field(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddip_mpi import codec, control, costs, evaluate, masks, methods, metrics, placement, residuals, server, streams
+from feddip_mpi import besides, codec, control, costs, evaluate, masks, metrics, placement, residuals, server, streams
 from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
@@ -57,6 +57,8 @@ class State:
         reference: float32 [P], the server's sum of all clients' references (`upload.residual: ef21`); replicated.
         owed: float32 [kept weights], what this rank, as the owner of a slice, rounded off the sums that it handed on
             (`download.values`); zero elsewhere.
+        memories: what the method keeps besides, by name; replicated.
+        opened: what was sent before the first round; the first record tells it.
     """
 
     server: Server
@@ -64,16 +66,27 @@ class State:
     holders: list[int]
     reference: Tensor | None = None
     owed: Tensor | None = None
+    memories: dict[str, Tensor] = field(default_factory=dict)
+    opened: besides.Opened | None = None
 
 
 def initial_state(federation: Federation) -> State:
     """The state before the first round: initial weights, pruned by the first mask, nothing remembered."""
-    config, layout = federation.config, federation.layout
-    saliency = _saliency(federation) if methods.needs_saliency(config) else None
-    mask = methods.initial_mask(config, layout, federation.initial, saliency)
-    weights = server.pruned(federation.initial, mask)
-    reference = torch.zeros_like(weights[: layout.prunable]) if methods.uses_reference(config) else None
-    return State(Server.of(0, weights, mask), {}, initial_holders(config.clients, federation.comm.size), reference)
+    config, layout, method = federation.config, federation.layout, federation.method
+    holders = initial_holders(config.clients, federation.comm.size)
+    sums, opened = besides.opening(federation, holders)
+    weights, mask = method.begin(federation.initial, sums)
+    weights = server.pruned(weights, mask)
+    # With references (EF21) server and clients share what was sent instead of keeping what was not.
+    reference = torch.zeros_like(weights[: layout.prunable]) if config.upload.residual == "ef21" else None
+    return State(
+        Server.of(0, weights, mask),
+        {},
+        holders,
+        reference,
+        memories=method.first_memories(weights, mask),
+        opened=opened,
+    )
 
 
 def initial_holders(clients: int, ranks: int) -> list[int]:
@@ -205,7 +218,7 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     Changes `state` when all that can fail is over: after an error it is that before the round.
     """
     life = life or Life()
-    config, comm = federation.config, federation.comm
+    comm = federation.comm
     meter = Meter(comm, lambda phase: life.enter(phase, plan.round))
     placed = placement.assign(plan.participants, federation.samples, state.holders, comm.size)
     comm.require_same(
@@ -215,8 +228,12 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     task = _task(federation, state, plan, placed)
     exchange = Exchange(comm, task, state.owed, meter.phase)
     work, error = Work.nothing(len(plan.participants), state.held), None
+    rules: Sequence[codec.Upload] = ()
+    messages: list[list[codec.Message]] = []
     try:
         _train_and_send(federation, state.server, plan, task, exchange, work, meter, life)
+        rules = federation.method.extras(federation.config, plan, task.upload)
+        messages = _encode_extras(federation, state.server.support, plan, rules, work)
     except FeddipError as caught:
         error = caught
     with meter.phase("wait"):
@@ -224,14 +241,17 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
         _check_all(comm, exchange, error)
     outcome = exchange.finish()
     meter.seconds["transfer"] = exchange.transfer_seconds
+    extras = besides.summed(federation, messages, rules, state.server.support, plan.round, placed, meter.phase)
     with meter.phase("server"):
-        memory = config.server_memory if methods.METHODS[config.method].prunes else "on"
-        state.server, step = server.step(state.server, outcome.aggregate, plan, memory)
+        state.server, step, state.memories = federation.method.step(
+            state.server, outcome.aggregate, extras, state.memories, plan
+        )
         _remember(state, task, outcome.aggregate)
         state.held, state.owed = work.held, outcome.owed
     with meter.phase("evaluate"):
         scores = _evaluate(federation, state.server) if plan.evaluate else None
-    return _record(federation, state.server, plan, work, outcome.download, step, scores, meter)
+    opened, state.opened = state.opened, None
+    return _record(federation, state.server, plan, work, outcome.download, step, scores, meter, opened)
 
 
 def _check_all(comm: Communicator, exchange: Exchange, error: FeddipError | None) -> None:
@@ -255,7 +275,7 @@ def upload_rule(config: Config, plan: RoundPlan, support: Support) -> codec.Uplo
 
 def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[int, int]) -> Task:
     config, support, samples = federation.config, state.server.support, federation.samples
-    total, everybody = sum(samples[client] for client in plan.participants), sum(samples)
+    everybody = sum(samples)
     return Task(
         mode=plan.exchange,
         overlap=config.overlap,
@@ -264,7 +284,7 @@ def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[in
         size=federation.layout.size,
         upload=upload_rule(config, plan, support),
         placed=placed,
-        shares={client: samples[client] / total for client in plan.participants},
+        shares=besides.shares(samples, plan.participants),
         # With references the sum runs over all clients, those that are absent with what they sent last.
         support_shares=None if state.reference is None else {c: samples[c] / everybody for c in plan.participants},
         start=state.reference,
@@ -285,18 +305,20 @@ class Work:
     """What this rank's participants left in a round.
 
     Attributes:
-        numbers: float64 [K, 7], mean loss, images trained on, squared residual norm, and the bytes of the upload by
-            kind; zero for others' participants.
+        numbers: float64 [K, 8], mean loss, images trained on, squared residual norm, the bytes of the upload by kind,
+            and those that are no update; zero for others' participants.
         held: the residuals that this rank will hold after the round, by client.
+        extras: what the clients' hooks left to send besides, float32 [P] each, by client.
     """
 
     numbers: np.ndarray
     held: dict[int, Residual]
+    extras: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, participants: int, held: dict[int, Residual]) -> Work:
         """Before any participant has trained."""
-        return cls(np.zeros((participants, 3 + len(KINDS_OF_BYTES))), dict(held))
+        return cls(np.zeros((participants, 4 + len(KINDS_OF_BYTES))), dict(held))
 
 
 def _train_and_send(
@@ -305,6 +327,8 @@ def _train_and_send(
 ) -> None:  # fmt: skip
     config, comm = federation.config, federation.comm
     received = server.pruned(srv.weights, srv.mask)
+    if federation.trainer.hook is not None:
+        federation.trainer.hook.begin_round(plan.round, plan.update_mask)
     for slot, client in enumerate(plan.participants):
         if task.placed[client] != comm.rank:
             continue
@@ -314,13 +338,37 @@ def _train_and_send(
                 received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client, life.give_up
             )
         with meter.phase("encode"):
-            _require_finite(result.loss, result.update, plan, client, comm.rank)
+            for vector in (result.update, *result.extras):
+                _require_finite(result.loss, vector, plan, client, comm.rank)
+            if federation.method.confined:
+                _confine(work.held, client, srv.mask, config.upload)
             sent = encode_and_send(exchange, task, config.upload, config.seed, work.held, client, result.update)
         residual = work.held.get(client)
         squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
         if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
             raise NumericalError(_diverged(plan, client, comm.rank, f"residual norm {squared**0.5}"))
-        work.numbers[slot] = (result.loss, result.samples, squared, *(getattr(sent, kind) for kind in KINDS_OF_BYTES))
+        work.numbers[slot, :-1] = (
+            result.loss, result.samples, squared, *(getattr(sent, kind) for kind in KINDS_OF_BYTES)
+        )  # fmt: skip
+        work.extras[client] = result.extras
+
+
+def _confine(held: dict[int, Residual], client: int, mask: Tensor, policy: UploadConfig) -> None:
+    """What a client still owes to weights that are no more is not paid; references (EF21) are no debts."""
+    old = held.get(client)
+    if old is not None and policy.residual != "ef21":
+        held[client] = replace(old, values=old.values * mask.cpu())
+
+
+def _encode_extras(
+    federation: Federation, support: Support, plan: RoundPlan, rules: Sequence[codec.Upload], work: Work
+) -> list[list[codec.Message]]:
+    """What this rank's participants send besides, counted in their uploads."""
+    messages, counted = besides.encoded(work.extras, rules, support, plan.round, federation.config.seed)
+    for client, taken in counted.items():
+        slot = plan.participants.index(client)
+        work.numbers[slot, 3:] += [*(getattr(taken, kind) for kind in KINDS_OF_BYTES), taken.total]
+    return messages
 
 
 def encode_and_send(
@@ -429,30 +477,6 @@ def unpack_residual(message: np.ndarray) -> Residual | None:
     return Residual(values, int(message[:8].view(np.int64)[0]))
 
 
-def _saliency(federation: Federation) -> torch.Tensor:
-    """|g * w| [P] at the initial weights, g averaged over the first round's participants (SNIP)."""
-    config, comm, layout = federation.config, federation.comm, federation.layout
-    plan = plan_round(config, 0)
-    placed = placement.assign(
-        plan.participants, federation.samples, initial_holders(config.clients, comm.size), comm.size
-    )
-    everything = torch.ones(layout.prunable, dtype=torch.bool, device=federation.device)
-    whole = State(Server.of(0, federation.initial, everything), {}, [])
-    task = replace(_task(federation, whole, plan, placed), mode="allgatherv", upload=codec.Upload(), download="fp32")
-    exchange = Exchange(comm, replace(task, overlap=False))
-    for client in plan.participants:
-        if placed[client] == comm.rank:
-            samples = federation.partition.train[client]
-            gradient = federation.trainer.mean_gradient(federation.initial, samples, 0, client)
-            generator = streams.stream(config.seed, "rounding", 0, client)
-            for message in codec.encode(gradient, task.support, task.upload, 0, client, generator):
-                exchange.post(message)
-    exchange.close()
-    combined = torch.zeros_like(federation.initial)
-    exchange.finish().aggregate.add_to(combined)
-    return (combined * federation.initial)[: layout.prunable].abs()
-
-
 @dataclass
 class Meter:
     """Seconds by phase and bytes by purpose of one round on this rank."""
@@ -477,6 +501,11 @@ class Meter:
         """Bytes since the meter was made: sent by purpose, then update bytes received."""
         return [now - before for now, before in zip(self._bytes(), self._start, strict=True)]
 
+    def add(self, sent: int, received: int) -> None:
+        """Count update bytes of before the meter was made."""
+        self._start[0] -= sent
+        self._start[-1] -= received
+
     def _bytes(self) -> list[int]:
         return [self.comm.sent[purpose] for purpose in _TRAFFIC] + [self.comm.received["update"]]
 
@@ -490,16 +519,21 @@ def _record(
     step: server.StepReport,
     scores: evaluate.Scores | None,
     meter: Meter,
+    opened: besides.Opened | None,
 ) -> metrics.Record:
     """Merge all ranks' measurements into the round's record (names and units: metrics.FIELDS)."""
     comm, layout = federation.comm, federation.layout
     handed_on = [getattr(download, kind) for kind in KINDS_OF_BYTES]
+    if opened is not None:
+        counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
+        work.numbers[0, 3:] += [*counted, opened.uploaded.total]
+        meter.add(opened.sent, opened.received)
     own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device), *handed_on], np.float64)
     measured = comm.gather(own)
     slowest = dict(zip(meter.seconds, measured.max(axis=0), strict=False))
     sums = [int(x) for x in measured[:, len(meter.seconds) :].sum(axis=0)]
-    # Every slot is filled by one rank and zero elsewhere: the sum is exact whatever the number of ranks.
-    loss, samples, squared, *uploaded = comm.gather(work.numbers).sum(axis=0).T
+    # Every slot is filled by one rank and zero elsewhere, and bytes are whole: the sum is exact for any number of ranks.
+    loss, samples, squared, *uploaded, extra = comm.gather(work.numbers).sum(axis=0).T
     upload = dict(zip(KINDS_OF_BYTES, (int(column.sum()) for column in uploaded), strict=True))
     record: metrics.Record = {
         "round": srv.round,
@@ -523,6 +557,7 @@ def _record(
         "samples": int(samples.sum()),
         "upload_bytes": sum(upload.values()),
         **{f"upload_{kind}_bytes": count for kind, count in upload.items()},
+        "upload_extra_bytes": int(extra.sum()),
         "dense_bytes": 4 * layout.size * len(plan.participants),
         "ranks": comm.size,
     }

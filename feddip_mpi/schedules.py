@@ -6,15 +6,13 @@ round t sees the sparsity of t + 1 finished rounds, so the update of the last ro
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+from feddip_mpi import methods
 from feddip_mpi.config import PUBLISHED_PENALTY, Config, PenaltyConfig, SparsityConfig
 from feddip_mpi.streams import stream
-
-# Methods with a mask, a sparsity schedule and a penalty; the others keep and send every weight.
-METHODS_THAT_PRUNE = ("feddip",)
 
 
 def last_mask_update(rounds: int, freeze_after: float) -> int:
@@ -145,22 +143,26 @@ class RoundPlan:
 
 
 def plan_round(config: Config, t: int, overdue: bool = False, control: Control = NO_CONTROL) -> RoundPlan:
-    """The plan of round t; `overdue`: a checkpoint is asked for by the clock; `control`: see `control.decide`."""
+    """The plan of round t, as the method takes it.
+
+    Args:
+        overdue: a checkpoint is asked for by the clock.
+        control: see `control.decide`.
+    """
     finished = t + 1
     last_round = finished == config.rounds
-    prunes = config.method in METHODS_THAT_PRUNE
     last_update = last_mask_update(config.rounds, config.mask.freeze_after)
     due = updates_mask(finished, config.mask.every, last_update) or control.mask_due
-    update_mask = prunes and due and not control.mask_waits
+    update_mask = due and not control.mask_waits
     mode = config.upload.mode
-    return RoundPlan(
+    draft = RoundPlan(
         round=t,
         learning_rate=learning_rate(config, t),
-        penalty=control.penalty_scale * penalty(config.penalty, t, config.rounds) if prunes else 0.0,
-        sparsity=sparsity(config.sparsity, finished, last_update) if prunes else 0.0,
+        penalty=control.penalty_scale * penalty(config.penalty, t, config.rounds),
+        sparsity=sparsity(config.sparsity, finished, last_update),
         update_mask=update_mask,
-        regrow=control.regrow_scale * regrow(config, finished, update_mask) if prunes and mode == "masked" else 0.0,
-        dense_upload=mode == "dense" or (mode == "dense_at_mask_updates" and update_mask),
+        regrow=control.regrow_scale * regrow(config, finished, update_mask) if mode == "masked" else 0.0,
+        dense_upload=mode == "dense",
         participants=participants(config, t),
         evaluate=last_round or finished % config.eval.every == 0,
         checkpoint=last_round or overdue or finished % config.checkpoint.every == 0,
@@ -169,3 +171,5 @@ def plan_round(config: Config, t: int, overdue: bool = False, control: Control =
         regrow_scale=control.regrow_scale,
         mask_delayed=control.mask_waits,
     )
+    plan = methods.named(config.method).plan(config, draft)
+    return replace(plan, dense_upload=True) if mode == "dense_at_mask_updates" and plan.update_mask else plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +61,14 @@ def pruned(weights: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def step(server: Server, combined: Aggregate, plan: RoundPlan, memory: str) -> tuple[Server, StepReport]:
+def step(
+    server: Server,
+    combined: Aggregate,
+    plan: RoundPlan,
+    memory: str,
+    merge: Callable[[Tensor], Tensor] | None = None,
+    cut: Callable[[], Tensor | None] | None = None,
+) -> tuple[Server, StepReport]:
     """One server step of docs/method.md.
 
     Args:
@@ -69,17 +77,22 @@ def step(server: Server, combined: Aggregate, plan: RoundPlan, memory: str) -> t
         plan: asks for a new mask or not.
         memory: "on" keeps the pruned mass in W, "off" keeps the pruned model only, "published" cuts the new mask
             from the already pruned model, so that masks nest and nothing can grow back.
+        merge: what a method makes of v [n], W + the sum.
+        cut: the new mask bool [P] of a method; where it gives none, or there is none, `new_mask`.
     """
     size, support = server.mask.numel(), server.support
     value = server.weights.clone()
     combined.add_to(value)
+    if merge is not None:
+        value = merge(value)
     if memory == "published":
         value = pruned(value, server.mask)
     if plan.update_mask:
         magnitude = value[:size].abs()
         if memory == "published":
             magnitude.masked_fill_(~server.mask, -1.0)  # a kept weight of 0 still goes before every pruned one
-        support = Support.of(new_mask(magnitude, server.support, plan))
+        chosen = cut() if cut is not None else None
+        support = Support.of(new_mask(magnitude, server.support, plan) if chosen is None else chosen)
     mask = support.mask
     report = StepReport(
         update_norm=combined.norm(),
@@ -88,6 +101,7 @@ def step(server: Server, combined: Aggregate, plan: RoundPlan, memory: str) -> t
         pruned=int((server.mask & ~mask).sum()) if plan.update_mask else 0,
     )
     if memory != "on":
+        value = value.clone() if merge is not None else value  # a method may remember the value that it saw
         value[:size].masked_fill_(~mask, 0.0)
     return replace(server, round=plan.round + 1, weights=value, support=support), report
 

@@ -157,7 +157,7 @@ def _check_rounds(settings: Config, found: Loaded) -> None:
         raise InputError(
             f"--set rounds={settings.rounds}: the run has finished {done} rounds; rounds must be at least that"
         )
-    prunes = methods.METHODS[settings.method].prunes
+    prunes = methods.named(settings.method).ends_at_final(settings)
     reached = found.server.support.count <= masks.kept_count(found.server.support.size, settings.sparsity.final)
     share = settings.mask.freeze_after
     if prunes and not reached and schedules.last_mask_update(settings.rounds, share) <= done:
@@ -223,7 +223,8 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
     holders = rounds.initial_holders(built.config.clients, comm.size)
     held = _hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None)
     assert srv.weights.numel() == layout.size
-    return State(srv, held, holders, **memories), list(loaded.history) if loaded else [], created
+    reference, owed = memories.pop("reference", None), memories.pop("owed", None)
+    return State(srv, held, holders, reference, owed, memories), list(loaded.history) if loaded else [], created
 
 
 def _hand_out(
@@ -303,14 +304,16 @@ def _finish(built: Federation, folder: RunFolder, state: State, history: list[Re
     memory = rounds.score_model(built, state.server.weights)
     if built.comm.rank != 0:
         return
-    summary = summarise(built, history, pruned, memory.top1)
+    summary = summarise(built, history, pruned, memory.top1, state.server.mask)
     plot = _draw(built, folder, history)
     terminal.show_summary(summary, folder.path, plot)
     hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
     log.info("finished after round %d", state.server.round)
 
 
-def summarise(built: Federation, history: Sequence[Record], accuracy: float, memory_accuracy: float) -> dict[str, Any]:
+def summarise(
+    built: Federation, history: Sequence[Record], accuracy: float, memory_accuracy: float, mask: torch.Tensor
+) -> dict[str, Any]:
     """The run in a few numbers. The last rounds' mean goes beside the last value: one round's accuracy is noisy."""
     last = history[-1]
     scored = [r["test_accuracy"] for r in history if r["test_accuracy"] is not None][-5:] or [accuracy]
@@ -335,6 +338,7 @@ def summarise(built: Federation, history: Sequence[Record], accuracy: float, mem
         "received_bytes": sum(r["received_bytes"] for r in history),
         "seconds": sum(r["round_seconds"] for r in history),
         "peak_host_memory_bytes": max(r["host_memory_bytes"] for r in history),
+        **built.method.facts(mask),
         "versions": runtime.versions(),
         "mpi": built.comm.library(),
         "hardware": runtime.hardware(),
@@ -442,7 +446,7 @@ class FolderSaver:
     def _final_sparsity(self) -> float:
         """Share of zeros of a finished model, in whole weights; 0 for a method that does not prune."""
         settings, size = self._built.config, self._built.layout.prunable
-        asked = settings.sparsity.final if methods.METHODS[settings.method].prunes else 0.0
+        asked = settings.sparsity.final if methods.named(settings.method).ends_at_final(settings) else 0.0
         return (size - masks.kept_count(size, asked)) / max(1, size)
 
     def _stream(self, state: State) -> Iterator[tuple[int, Residual]]:
@@ -466,7 +470,7 @@ class FolderSaver:
         if state.owed is not None:
             # Zero on all ranks but the owner's: this sum is exact.
             found["owed"] = self._built.comm.allreduce(state.owed.cpu().numpy())
-        return found
+        return found | {name: values.cpu().numpy() for name, values in state.memories.items()}
 
     def _snapshot(self, state: State, history: Sequence[Record], memories: dict[str, np.ndarray]) -> Snapshot:
         built, srv = self._built, state.server

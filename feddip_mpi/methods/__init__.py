@@ -1,80 +1,82 @@
-"""The federated methods: each is what it changes in the shared engine, not a copy of the loop."""
+"""The federated methods: each is what it changes in the shared engine, not a copy of the loop.
+
+`base.Method` says what a method may change. This module turns a name into a method and knows no torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from feddip_mpi.config import METHODS, Config
+from feddip_mpi.errors import InputError
 
-from feddip_mpi import masks
-from feddip_mpi.config import Config
-from feddip_mpi.local import LocalRule
-from feddip_mpi.schedules import METHODS_THAT_PRUNE
-from feddip_mpi.streams import stream
-from feddip_mpi.vector import Layout
+if TYPE_CHECKING:
+    from torch import nn
 
+    from feddip_mpi.methods.base import Method
+    from feddip_mpi.vector import Layout
 
-@dataclass(frozen=True)
-class Method:
-    """What a method asks of the engine.
-
-    Attributes:
-        prunes: has a mask, a sparsity schedule and a penalty; otherwise every weight is kept and travels.
-        proximal: adds FedProx's term to the local objective.
-    """
-
-    prunes: bool
-    proximal: bool = False
-
-
-METHODS = {
-    "feddip": Method(prunes=True),
-    "fedavg": Method(prunes=False),
-    "fedprox": Method(prunes=False, proximal=True),
+_CLASSES = {
+    "feddip": "FedDIP",
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "erk": "StaticERK",
+    "gradual": "Gradual",
+    "snip": "Snip",
+    "ssfl": "SSFL",
+    "feddst": "FedDST",
+    "prunefl": "PruneFL",
+    "prunetrain": "PruneTrain",
+    "sparsyfed": "SparsyFed",
 }
-assert {name for name, method in METHODS.items() if method.prunes} == set(METHODS_THAT_PRUNE)
+assert tuple(_CLASSES) == METHODS
 
 
-def local_rule(config: Config) -> LocalRule:
-    """How the method's clients train."""
-    return LocalRule(
-        seed=config.seed,
-        epochs=config.local_epochs,
-        batch_size=config.batch_size,
-        weight_decay=config.weight_decay,
-        feedback=config.feedback,
-        penalty_norm=config.penalty.norm,
-        proximal=config.proximal if METHODS[config.method].proximal else 0.0,
-        augment=config.data.augment,
-    )
+def named(name: str) -> type[Method]:
+    """The class of a method: one of `config.METHODS`, or an import path `package.module:name`.
+
+    Raises:
+        InputError: the import path does not give a subclass of `methods.base.Method`.
+    """
+    if name in _CLASSES:
+        module = importlib.import_module(f"feddip_mpi.methods.{name}")
+        found: type[Method] = getattr(module, _CLASSES[name])
+        return found
+    return _imported(name)
 
 
-def needs_saliency(config: Config) -> bool:
-    """Whether the first mask asks the clients for gradients."""
-    return METHODS[config.method].prunes and config.mask.initial == "snip"
+def _imported(path: str) -> type[Method]:
+    from feddip_mpi.methods.base import Method
+
+    module_name, _, class_name = path.partition(":")
+    if not module_name or not class_name:
+        raise InputError(f"method: {path!r} is no import path; write package.module:name")
+    # The code is the user's: whatever it raises is reported as wrong input, with its own traceback as the cause.
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            f"method: cannot import {module_name!r} of {path!r}: {type(error).__name__}: {error}"
+        ) from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        what = f"no class {class_name!r}" if found is None else f"{class_name!r}, which is no subclass of it"
+        raise InputError(
+            f"method: {path!r}: allowed is a subclass of feddip_mpi.methods.base.Method; module {module_name!r} has {what}"
+        )
+    return found
 
 
-def uses_reference(config: Config) -> bool:
-    """Whether server and clients share references (EF21) instead of residuals."""
-    return config.upload.residual == "ef21"
-
-
-def initial_mask(config: Config, layout: Layout, weights: Tensor, saliency: Tensor | None = None) -> Tensor:
-    """The first mask bool [P] on the device of `weights`, one for the whole federation, of exact sparsity s_0.
+def make(config: Config, model: nn.Module, layout: Layout, input_shape: Sequence[int]) -> Method:
+    """The method of a run, for its network.
 
     Args:
-        weights: float32 [n], the initial weights.
-        saliency: float32 [P], |gradient * weight| (SNIP, Lee et al. 2019, eq. 7), where `needs_saliency`.
+        model: on the CPU; looked at, not changed.
+        input_shape: channels, height, width.
+
+    Raises:
+        InputError: no such method, or it does not fit the network or the rest of the configuration.
     """
-    prunable = weights[: layout.prunable]
-    rule = config.mask.initial if METHODS[config.method].prunes else "none"
-    if rule == "none":
-        return prunable == prunable
-    keep = masks.kept_count(layout.prunable, config.sparsity.initial)
-    if rule == "magnitude":
-        return masks.select_largest(prunable.abs(), keep)
-    if rule == "snip":
-        assert saliency is not None
-        return masks.select_largest(saliency, keep)
-    generator = stream(config.seed, "initial mask")
-    return masks.initial_random(rule, layout.prunable_shapes, config.sparsity.initial, generator).to(weights.device)
+    return named(config.method)(config, model, layout, tuple(int(x) for x in input_shape))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from feddip_mpi import codec, data, federation, masks
+from feddip_mpi import codec, data, federation, masks, methods
 from feddip_mpi.config import Config
+from feddip_mpi.methods.base import Opening
 from feddip_mpi.report import terminal
-from feddip_mpi.schedules import METHODS_THAT_PRUNE, plan_round
+from feddip_mpi.schedules import plan_round
 from feddip_mpi.vector import Layout
 
 Row = dict[str, Any]
@@ -28,19 +29,24 @@ def make(config: Config) -> tuple[Layout, list[Row]]:
         InputError: model and data do not fit, or own data cannot be read.
     """
     shape, classes = data.shape_of(config.data, config.seed)
-    _, layout = federation.build_model(config, shape, classes)
-    return layout, rows(config, layout)
+    model, layout = federation.build_model(config, shape, classes)
+    return layout, rows(config, layout, methods.make(config, model, layout, shape).opening())
 
 
-def rows(config: Config, layout: Layout) -> list[Row]:
-    """See `make`."""
+def rows(config: Config, layout: Layout, opening: Opening | None) -> list[Row]:
+    """See `make`; `opening`: what the method sends before the first round, which is counted with it."""
     kept, total, out = first_kept(config, layout), 0, []
+    method = methods.named(config.method)
     for t in range(config.rounds):
         plan = plan_round(config, t)
         # Clients encode with the mask as it was before the round; see rounds.upload_rule and codec.encode.
         rule = codec.Upload(config.upload.values, dense=plan.dense_upload, regrow=round(plan.regrow * kept))
         regrow = 0 if plan.dense_upload else min(rule.regrow, layout.prunable - kept)
         upload = round(codec.expected_bytes(rule, kept, layout.prunable, layout.size) * config.participants)
+        for extra in method.extras(config, plan, rule):
+            upload += round(codec.expected_bytes(extra, kept, layout.prunable, layout.prunable) * config.participants)
+        if opening is not None and t == 0:
+            upload += len(opening.clients) * sum(codec.FRAME_BYTES + 4 * size for size in opening.sizes)
         total += upload
         if plan.update_mask:  # server.new_mask: a mask never grows in size
             kept = min(kept, masks.kept_count(layout.prunable, plan.sparsity))
@@ -64,10 +70,8 @@ def rows(config: Config, layout: Layout) -> list[Row]:
 
 
 def first_kept(config: Config, layout: Layout) -> int:
-    """Weights inside the first mask (`methods.initial_mask`)."""
-    if config.method not in METHODS_THAT_PRUNE or config.mask.initial == "none":
-        return layout.prunable
-    return masks.kept_count(layout.prunable, config.sparsity.initial)
+    """Weights inside the first mask."""
+    return masks.kept_count(layout.prunable, methods.named(config.method).first_sparsity(config))
 
 
 def title(config: Config) -> str:
@@ -109,6 +113,7 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
     total, dense = plan[-1]["total_bytes"], sum(row["dense_bytes"] for row in plan)
     updates = [row["round"] for row in plan if row["mask_update"]]
     lines = [
+        f"{config.method} {methods.named(config.method).summary}",
         f"{len(updates)} mask update{'s' * (len(updates) != 1)}" + (f", the last in round {updates[-1]}" if updates else "")
         + f"; final sparsity {plan[-1]['sparsity']:.6f}",
         f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "

@@ -34,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "one client": {**NORMALISED, "participants": 1, "upload__values": "bf16", "feedback": False},
     "quantity": {"data__partition": "quantity", "upload__mode": "dense_at_mask_updates", "upload__values": "int8"},
     "fedavg": {"method": "fedavg", "upload__values": "fp16"},
+    # What travels besides updates: votes, squared gradients, saliencies before the first round.
+    "feddst": {"method": "feddst", "exchange": "sharded"},
+    "prunefl": {"method": "prunefl", "data__partition": "dirichlet"},
+    "ssfl": {"method": "ssfl", "upload__values": "int8"},
+    "sparsyfed": {"method": "sparsyfed", "overlap": False},
     "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological", "upload__values": "fp32"},
 }  # fmt: skip
 LAYOUTS = {"1": (1, "default"), "2": (2, "default"), "4": (4, "default"), "mpich": (2, "mpich")}

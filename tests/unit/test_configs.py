@@ -7,7 +7,8 @@ import pytest
 from feddip_mpi import config, models
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "configs").glob("*.yaml"))
+STUDY = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+FILES = [*sorted((ROOT / "configs").glob("*.yaml")), *STUDY]
 IMAGES = {"fashion-mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
 
 
@@ -46,6 +47,20 @@ def test_fedavg_differs_from_the_published_setting_in_the_method_alone() -> None
         return {key: loaded[key] for key in loaded if key not in ("method", "sparsity", "mask", "penalty", "upload")}
 
     assert setting("fedavg.yaml") == setting("fashion-mnist-lenet5.yaml")
+
+
+def test_the_study_differs_in_the_method_alone() -> None:
+    """Every method once; what all share is equal, and so is what they are compared at."""
+    loaded = {file.stem: config.to_dict(config.load(file)) for file in STUDY}
+    assert set(loaded) == {*config.METHODS, "feddip-published"}
+    for name, values in loaded.items():
+        assert values["method"] == name.removesuffix("-published")
+        assert values["upload"]["values"] == "fp32" and values["sparsity"] == loaded["feddip"]["sparsity"]
+        own = {"method", "mask", "penalty", "proximal", "server_memory", "upload", values["method"]}
+        shared = {key: value for key, value in values.items() if key not in own}
+        assert shared == {key: loaded["feddip"][key] for key in shared}, name
+        if name not in ("feddip-published", "fedavg", "fedprox"):
+            assert values["mask"] == loaded["feddip"]["mask"]
 
 
 def test_quickstart_is_small_enough() -> None:

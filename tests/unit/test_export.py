@@ -48,6 +48,40 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> N
         assert one[name].numpy().tobytes() == other[name].numpy().tobytes(), name
 
 
+def test_the_small_form_is_a_smaller_network_with_the_same_outputs(tmp_path: Path) -> None:
+    loaded = saved(tmp_path)
+    layout = federation.build_model(loaded.config, (1, 28, 28), 10)[1]
+    mask, start = loaded.server.mask, 0
+    mask[:] = True
+    for shape in layout.prunable_shapes[:2]:  # nothing takes the last half of the inputs of both convolutions' layers
+        start += int(np.prod(shape))
+        following = layout.prunable_shapes[layout.prunable_sizes.index(int(np.prod(shape))) + 1]
+        view = mask[start : start + int(np.prod(following))].view(following)
+        view[:, following[1] // 2 :] = False
+    path = tmp_path / "model.small.safetensors"
+    written = export.export(loaded, path)
+    assert written.form == "small" and written.ratio > 1.5
+    small, whole = export.load_small(path), federation.build_model(loaded.config, (1, 28, 28), 10)[0].eval()
+    whole.load_state_dict(export.pruned_state(loaded))
+    assert [small.conv1.out_channels, small.conv2.in_channels, small.conv2.out_channels, small.fc1.in_features] == [
+        3, 3, 8, 200,
+    ]  # fmt: skip
+    images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(small(images), whole(images), atol=1e-6)
+    assert f"load_small('{path}')" in export.report(written)
+    other = tmp_path / "model.safetensors"
+    export.export(loaded, other)
+    with pytest.raises(InputError, match="not the small form"):
+        export.load_small(other)
+    with pytest.raises(InputError, match="no such file"):
+        export.load_small(tmp_path / "none")
+
+
+def test_the_small_form_needs_a_chain_of_layers(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="every layer's channels must go into one other"):
+        export.export(saved(tmp_path, "resnet18"), tmp_path / "model.small.safetensors")
+
+
 @given(arrays.arrays(np.bool_, st.integers(0, 2000), elements=st.booleans() | st.just(False)))
 def test_gaps_are_undone(mask: np.ndarray) -> None:
     indices = np.flatnonzero(mask)

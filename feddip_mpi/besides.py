@@ -1,0 +1,140 @@
+"""What travels besides updates because a method asks for it: its opening, and extra vectors of a round's participants.
+
+All of it goes by `exchange: allgatherv`, whatever the updates take, and is added up in client order: the same bits on
+any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feddip_mpi import codec, placement, streams
+from feddip_mpi.codec import Bytes, Message, Upload
+from feddip_mpi.errors import FeddipError, NumericalError
+from feddip_mpi.exchange import Exchange, Phase, Task, untimed
+from feddip_mpi.federation import Federation
+from feddip_mpi.methods.base import Opening
+from feddip_mpi.support import Support
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the method's opening took on this rank: its clients' uploads, update bytes sent and received."""
+
+    uploaded: Bytes
+    sent: int
+    received: int
+
+
+def shares(samples: Sequence[int], clients: Sequence[int]) -> dict[int, float]:
+    """p_k: each client's share of their training images."""
+    total = sum(samples[client] for client in clients)
+    return {client: samples[client] / total for client in clients}
+
+
+def encoded(
+    vectors: Mapping[int, Sequence[Tensor]], rules: Sequence[Upload], support: Support, round: int, seed: int
+) -> tuple[list[list[Message]], dict[int, Bytes]]:
+    """This rank's extra vectors as messages.
+
+    Args:
+        vectors: float32 [P] each, by client in ascending order; used up.
+        rules: how each of a client's vectors is encoded.
+        support: of the round's mask.
+        round, seed: name the random streams.
+
+    Returns:
+        The messages of each vector, clients in order, and the bytes of each client.
+    """
+    messages: list[list[Message]] = [[] for _ in rules]
+    counted = {}
+    for client, own in vectors.items():
+        generator = streams.stream(seed, "rounding of extras", round, client)
+        coded = [
+            list(codec.encode(vector, support, rule, round, client, generator))
+            for vector, rule in zip(own, rules, strict=True)
+        ]
+        for all_of_it, part in zip(messages, coded, strict=True):
+            all_of_it += part
+        counted[client] = sum((message.framed()[1] for part in coded for message in part), Bytes())
+    return messages, counted
+
+
+def summed(
+    federation: Federation,
+    messages: Sequence[Sequence[Message]],
+    rules: Sequence[Upload],
+    support: Support,
+    round: int,
+    placed: Mapping[int, int],
+    phase: Phase = untimed,
+) -> list[Tensor]:
+    """sum_k p_k x_k [P] of each extra vector, on every rank; `messages` are this rank's (see `encoded`)."""
+    weights = shares(federation.samples, list(placed))
+    sums = []
+    for rule, own in zip(rules, messages, strict=True):
+        exchange = Exchange(federation.comm, _task(support, support.size, rule, round, placed, weights), phase=phase)
+        for message in own:
+            exchange.post(message)
+        exchange.close()
+        total = torch.zeros(support.size, device=support.mask.device)
+        exchange.finish().aggregate.add_to(total)
+        sums.append(total)
+    return sums
+
+
+def _task(
+    support: Support, size: int, rule: Upload, round: int, placed: Mapping[int, int], weights: Mapping[int, float]
+) -> Task:
+    return Task("allgatherv", False, round, support, size, rule, placed, weights)
+
+
+def opening(federation: Federation, holders: Sequence[int]) -> tuple[list[Tensor], Opened | None]:
+    """What the method's clients measure before the first round, added up: a vector for each size that it asks for."""
+    config, comm, asked = federation.config, federation.comm, federation.method.opening()
+    if asked is None:
+        return [], None
+    before = comm.sent["update"], comm.received["update"]
+    weights = shares(federation.samples, asked.clients)
+    sums = [torch.zeros(size, device=federation.device) for size in asked.sizes]
+    support = Support.of(torch.ones(federation.layout.prunable, dtype=torch.bool, device=federation.device))
+    uploaded = Bytes()
+    # As many at a time as take part in a round: no rank ever has more messages in its memory.
+    for first in range(0, len(asked.clients), config.participants):
+        clients = asked.clients[first : first + config.participants]
+        placed = placement.assign(clients, federation.samples, holders, comm.size)
+        exchanges = [Exchange(comm, _task(support, size, Upload(), 0, placed, weights)) for size in asked.sizes]
+        error: FeddipError | None = None
+        try:
+            for client in clients:
+                if placed[client] == comm.rank:
+                    uploaded += _measure(federation, asked, support, exchanges, client)
+        except FeddipError as caught:
+            error = caught
+        comm.check(error)
+        for exchange, total in zip(exchanges, sums, strict=True):
+            exchange.close()
+            exchange.finish().aggregate.add_to(total)
+    return sums, Opened(uploaded, comm.sent["update"] - before[0], comm.received["update"] - before[1])
+
+
+def _measure(
+    federation: Federation, asked: Opening, support: Support, exchanges: Sequence[Exchange], client: int
+) -> Bytes:
+    """One client's part of the opening; returns the bytes of its frames."""
+    samples, counted = federation.partition.train[client], Bytes()
+    vectors = asked.measure(federation.trainer, federation.initial, samples, client)
+    for vector, exchange in zip(vectors, exchanges, strict=True):
+        if not bool(torch.isfinite(vector).all()):
+            raise NumericalError(
+                f"client {client} (rank {federation.comm.rank}) found values that are not finite before the first round; "
+                "start a new run with a lower learning_rate"
+            )
+        generator = streams.stream(federation.config.seed, "rounding", 0, client)
+        for message in codec.encode(vector, support, Upload(), 0, client, generator):
+            counted += exchange.post(message)
+    return counted

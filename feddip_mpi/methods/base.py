@@ -1,0 +1,237 @@
+"""What a method may change in the engine. Everything here has a default: the default is masked training by magnitude.
+
+The loop (`rounds.play`) asks in this order: `plan` for the schedules; before the first round `opening` and `start`; in
+a round `hook` for what local training does besides, `extras` for what clients send besides, and `merge`, `cut` and
+`remember` for the server. The last three are pure, and run with the same arguments on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from feddip_mpi import masks, server
+from feddip_mpi.aggregate import Aggregate
+from feddip_mpi.codec import Upload
+from feddip_mpi.config import Config
+from feddip_mpi.errors import InputError
+from feddip_mpi.local import LocalHook, LocalRule, LocalTrainer
+from feddip_mpi.schedules import RoundPlan, participants
+from feddip_mpi.server import Server, StepReport
+from feddip_mpi.streams import stream
+from feddip_mpi.support import Support
+from feddip_mpi.vector import BoundModel, Layout
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What clients measure once, before the first round, and send as float32.
+
+    Attributes:
+        clients: in ascending order.
+        sizes: length of each vector they send.
+        measure: (trainer, initial weights float32 [n], the client's images, client) to the vectors.
+    """
+
+    clients: tuple[int, ...]
+    sizes: tuple[int, ...]
+    measure: Callable[[LocalTrainer, Tensor, np.ndarray, int], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the server has when it steps; the same on every rank.
+
+    Attributes:
+        plan: of the round.
+        old: the mask of the round.
+        value: float32 [n], v = W + sum_k p_k q_k; for `cut` and `remember` what `merge` made of it.
+        extras: float32 [P] each, sum_k p_k x_k of what clients sent besides, in the order of `Method.extras`.
+        memories: what the method remembered after the round before.
+    """
+
+    plan: RoundPlan
+    old: Support
+    value: Tensor
+    extras: tuple[Tensor, ...]
+    memories: Mapping[str, Tensor]
+
+
+class Method:
+    """A federated method; a subclass says what is different about it.
+
+    Class attributes:
+        summary: what it does, in one line.
+        masking: "scheduled" masks follow `sparsity.*` and `mask.*`; a "fixed" one has the final sparsity from the start;
+            with "none" every weight is kept and travels.
+        penalised: lambda_t of `penalty.*` applies.
+        regrows: clients send coordinates from outside the mask as `upload.regrow*` says.
+        confined: gradients, residuals and the server's memory stay inside the mask; nothing outside it exists.
+        any_residual: `upload.residual: ef21` is possible.
+    """
+
+    summary: ClassVar[str] = "masked training, pruned by magnitude"
+    masking: ClassVar[Literal["scheduled", "fixed", "none"]] = "scheduled"
+    penalised: ClassVar[bool] = False
+    regrows: ClassVar[bool] = False
+    confined: ClassVar[bool] = True
+    any_residual: ClassVar[bool] = True
+
+    def __init__(self, config: Config, model: nn.Module, layout: Layout, input_shape: tuple[int, ...]) -> None:
+        """See `methods.make`."""
+        self.config, self.layout = config, layout
+        if not self.any_residual and config.upload.residual == "ef21":
+            raise InputError(
+                f"upload.residual: got ef21, which method: {config.method} cannot use (its clients' masks differ); allowed: "
+                "keep, decay, in_mask_only, drop"
+            )
+
+    @classmethod
+    def plan(cls, config: Config, draft: RoundPlan) -> RoundPlan:
+        """The plan of a round; `draft` applies every schedule of the configuration."""
+        plan = replace(
+            draft,
+            penalty=draft.penalty if cls.penalised else 0.0,
+            regrow=draft.regrow if cls.regrows else 0.0,
+        )
+        if cls.masking == "scheduled":
+            return plan
+        return replace(plan, sparsity=cls.first_sparsity(config), update_mask=False)
+
+    @classmethod
+    def first_sparsity(cls, config: Config) -> float:
+        """Of the first mask, share of zeros."""
+        if cls.masking == "scheduled":
+            return 0.0 if config.mask.initial == "none" else config.sparsity.initial
+        return config.sparsity.final if cls.masking == "fixed" else 0.0
+
+    @classmethod
+    def ends_at_final(cls, config: Config) -> bool:
+        """Whether the run's last model has `sparsity.final`."""
+        return cls.masking != "none"
+
+    def opening(self) -> Opening | None:
+        """What clients are asked before the first round."""
+        if self.masking != "scheduled" or self.config.mask.initial != "snip":
+            return None
+        return self.saliency_opening(participants(self.config, 0), before_sum=False)
+
+    def saliency_opening(self, clients: tuple[int, ...], before_sum: bool) -> Opening:
+        """Gradients at the initial weights [P], or with `before_sum` each client's own |gradient * weight|."""
+        size = self.layout.prunable
+
+        def measure(trainer: LocalTrainer, weights: Tensor, samples: np.ndarray, client: int) -> Sequence[Tensor]:
+            gradient = trainer.mean_gradient(weights, samples, 0, client)[:size]
+            return [(gradient * weights[:size]).abs() if before_sum else gradient]
+
+        return Opening(clients, (size,), measure)
+
+    def start(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The first weights float32 [n] (not yet pruned) and mask bool [P].
+
+        Args:
+            weights: the initial ones, the same for all.
+            opened: sum_k p_k of what the clients of `opening` have sent; p_k is their share of its images.
+        """
+        rule = self.config.mask.initial if self.masking == "scheduled" else "none"
+        return weights, self.first_mask(rule, weights[: self.layout.prunable], opened)
+
+    def begin(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`start`, and what `mask.rescale` makes of its weights."""
+        weights, mask = self.start(weights, opened)
+        return (rescaled(weights, mask, self.layout) if self.config.mask.rescale else weights), mask
+
+    def first_mask(self, rule: str, prunable: Tensor, opened: Sequence[Tensor]) -> Tensor:
+        """A mask bool [P] by a rule of `mask.initial` with exactly the first sparsity."""
+        sparsity = self.first_sparsity(self.config)
+        keep = masks.kept_count(prunable.numel(), sparsity)
+        if rule == "none":
+            return torch.ones_like(prunable, dtype=torch.bool)
+        if rule == "magnitude":
+            return masks.select_largest(prunable.abs(), keep)
+        if rule == "snip":  # |gradient * weight|, Lee et al. 2019, eq. 7
+            return masks.select_largest((opened[0] * prunable).abs(), keep)
+        generator = stream(self.config.seed, "initial mask")
+        return masks.initial_random(rule, self.layout.prunable_shapes, sparsity, generator).to(prunable.device)
+
+    def first_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """float32 arrays that the server keeps besides W, by name; they are in every checkpoint."""
+        return {}
+
+    def local_rule(self) -> LocalRule:
+        """How clients train."""
+        c = self.config
+        return LocalRule(
+            seed=c.seed,
+            epochs=c.local_epochs,
+            batch_size=c.batch_size,
+            weight_decay=c.weight_decay,
+            feedback=not self.confined,
+            penalty_norm=c.penalty.norm,
+            augment=c.data.augment,
+        )
+
+    def hook(self, bound: BoundModel) -> LocalHook | None:
+        """What local training does besides the rule; made once for each rank."""
+        return None
+
+    @classmethod
+    def extras(cls, config: Config, plan: RoundPlan, upload: Upload) -> tuple[Upload, ...]:
+        """How each vector [P] that a client's hook leaves travels besides its update; `upload`: how that does."""
+        return ()
+
+    def memory(self) -> str:
+        """What W is after a step: see `server.step`."""
+        return "off"
+
+    def merge(self, seen: Seen) -> Tensor:
+        """The server's new value float32 [n]."""
+        return seen.value
+
+    def cut(self, seen: Seen) -> Tensor | None:
+        """The new mask bool [P], in rounds that update it; None: the largest |v| (`server.new_mask`)."""
+        return None
+
+    def remember(self, seen: Seen, mask: Tensor) -> dict[str, Tensor]:
+        """The memories after the round; `mask` bool [P] is the new one."""
+        return dict(seen.memories)
+
+    def step(
+        self, srv: Server, total: Aggregate, extras: Sequence[Tensor], memories: Mapping[str, Tensor], plan: RoundPlan
+    ) -> tuple[Server, StepReport, dict[str, Tensor]]:
+        """The server step of a round and what the method remembers after it."""
+        seen = [Seen(plan, srv.support, srv.weights, tuple(extras), memories)]
+
+        def merge(value: Tensor) -> Tensor:
+            seen[0] = replace(seen[0], value=value)
+            seen[0] = replace(seen[0], value=self.merge(seen[0]))
+            return seen[0].value
+
+        after, report = server.step(srv, total, plan, self.memory(), merge, lambda: self.cut(seen[0]))
+        return after, report, self.remember(seen[0], after.mask)
+
+    def facts(self, mask: Tensor) -> dict[str, object]:
+        """What the run's summary says about the mask [P] besides its sparsity, in JSON values."""
+        return {}
+
+
+def rescaled(weights: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+    """Initial weights whose sums have the variance that the dense ones had (Evci et al. 2022, section 3).
+
+    Of `size` weights of a layer `kept` are left: these are multiplied by sqrt(size / kept).
+
+    Args:
+        weights: float32 [n]; a changed copy is returned.
+        mask: bool [P].
+        layout: where the layers lie.
+    """
+    out = weights.clone()
+    sizes = list(layout.prunable_sizes)
+    for values, part in zip(out[: layout.prunable].split(sizes), mask.split(sizes), strict=True):
+        values.mul_((part.numel() / max(1, int(part.sum()))) ** 0.5)
+    return out

@@ -1,0 +1,120 @@
+"""FedDST (Bibikar et al., AAAI 2022): clients drop and grow weights, the server merges their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import cos, pi
+
+import torch
+from torch import Tensor
+
+from feddip_mpi import masks
+from feddip_mpi.codec import Upload
+from feddip_mpi.config import Config
+from feddip_mpi.local import LocalHook
+from feddip_mpi.methods.base import Method, Seen
+from feddip_mpi.schedules import RoundPlan, last_mask_update
+from feddip_mpi.vector import BoundModel
+
+
+class FedDST(Method):
+    """Sparse from the start with ERK densities; masks move in rounds that update the mask."""
+
+    summary = "starts from a random ERK mask, clients drop by magnitude and grow by gradient, the server merges"
+    any_residual = False
+
+    @classmethod
+    def plan(cls, config: Config, draft: RoundPlan) -> RoundPlan:
+        """A client sends what it has grown as coordinates from outside the mask."""
+        plan = super().plan(config, draft)
+        grown = exchanged_share(config, plan.round) if plan.update_mask and config.upload.mode == "masked" else 0.0
+        return replace(plan, sparsity=config.sparsity.final, regrow=grown)
+
+    @classmethod
+    def first_sparsity(cls, config: Config) -> float:
+        return config.sparsity.final
+
+    def opening(self) -> None:
+        return None
+
+    def start(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return weights, self.first_mask("erk", weights[: self.layout.prunable], opened)
+
+    def hook(self, bound: BoundModel) -> LocalHook:
+        return _Exchange(self.config, self.layout.prunable_sizes)
+
+    @classmethod
+    def extras(cls, config: Config, plan: RoundPlan, upload: Upload) -> tuple[Upload, ...]:
+        """Each client's mask, a bit for every coordinate that travels."""
+        return (replace(upload, values="bit"),) if plan.update_mask else ()
+
+    def merge(self, seen: Seen) -> Tensor:
+        """Each weight is the mean over the clients that kept it: v <- v / sum_k p_k m_k, 0 where none did."""
+        if not seen.plan.update_mask:
+            return seen.value
+        votes, value = seen.extras[0], seen.value.clone()
+        prunable = value[: votes.numel()]
+        prunable.copy_(torch.where(votes > 0, prunable / votes.clamp(min=1e-30), torch.zeros_like(votes)))
+        return value
+
+    def cut(self, seen: Seen) -> Tensor:
+        """The largest of each layer, as many as it had, among the weights that a client kept."""
+        votes = seen.extras[0]
+        magnitude = seen.value[: votes.numel()].abs().masked_fill_(votes <= 0, -1.0)
+        sizes = list(self.layout.prunable_sizes)
+        layers = zip(magnitude.split(sizes), seen.old.mask.split(sizes), strict=True)
+        return torch.cat([masks.select_largest(layer, int(old.sum())) for layer, old in layers])
+
+
+def exchanged_share(config: Config, t: int) -> float:
+    """alpha_t = (alpha / 2) (1 + cos(pi t / H)), H the last mask update."""
+    horizon = last_mask_update(config.rounds, config.mask.freeze_after)
+    return config.feddst.drop / 2 * (1 + cos(pi * min(1.0, t / horizon)))
+
+
+def exchanged(weights: Tensor, gradient: Tensor, kept: Tensor, sizes: Sequence[int], share: float) -> Tensor:
+    """A client's new mask: in each layer the smallest kept weights leave, as many with the largest gradients enter.
+
+    Args:
+        weights, gradient: float32 [P].
+        kept: bool [P].
+        sizes: of the layers.
+        share: of each layer's kept weights, rounded down; never more than stand outside.
+
+    Returns:
+        bool [P], as many kept in each layer as before.
+    """
+    layers = []
+    for w, g, m in zip(weights.split(list(sizes)), gradient.split(list(sizes)), kept.split(list(sizes)), strict=True):
+        count = int(m.sum())
+        moved = min(int(share * count), m.numel() - count)
+        stay = masks.select_largest(w.abs().masked_fill(~m, -1.0), count - moved)
+        enter = masks.select_largest(g.abs().masked_fill(m, -1.0), moved)
+        layers.append(stay | enter)
+    return torch.cat(layers)
+
+
+class _Exchange(LocalHook):
+    """Exchanges a client's weights once, part of the way through its batches."""
+
+    def __init__(self, config: Config, sizes: Sequence[int]) -> None:
+        self._config, self._sizes = config, sizes
+        self._share, self._at = 0.0, 0
+
+    def begin_round(self, round: int, updates_mask: bool) -> None:
+        self._share = exchanged_share(self._config, round) if updates_mask else 0.0
+
+    def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:
+        self._at = int(self._config.feddst.after * batches)
+
+    def gradient(self, gradient: Tensor, weights: Tensor, active: Tensor, kept: Tensor, batch: int) -> None:
+        if not self._share or batch != self._at:
+            return
+        size = kept.numel()
+        new = exchanged(weights[:size], gradient[:size], kept > 0, self._sizes, self._share)
+        kept.copy_(new)
+        weights[:size].mul_(kept)
+
+    def end(self, weights: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        return (kept.clone(),) if self._share else ()

@@ -1,0 +1,227 @@
+"""What every method must obey: ranks, stops and value types change nothing, masks and bytes are what the plan says."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from alone import Alone
+from together import together
+from torch import Tensor, nn
+
+from feddip_mpi import checkpoint, config, federation, masks, methods, rounds, run_folder, session
+from feddip_mpi.config import Config
+from feddip_mpi.errors import InputError
+from feddip_mpi.federation import Federation
+from feddip_mpi.report import planning
+from feddip_mpi.schedules import plan_round
+
+DENSE = ("fedavg", "fedprox")
+OWN = f"{__name__}:Steady"
+ALL = (*config.METHODS, OWN)
+
+# The worked example of "Add your own method", as it stands there: a class `Steady` with a memory of its own.
+PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+EXAMPLE = PAGE.split("## Add your own method")[1].split("```python\n")[1].split("```")[0]
+exec(compile(EXAMPLE, "docs/methods.md", "exec"))
+
+
+class Net(nn.Module):
+    def __init__(self, in_channels: int, image_size: tuple[int, int], classes: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(in_channels, 8, 3), nn.BatchNorm2d(8)
+        self.hidden = nn.Linear(8 * (image_size[0] - 2) * (image_size[1] - 2), 20)
+        self.out = nn.Linear(20, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(torch.relu(self.norm(self.conv(x))).flatten(1))))
+
+
+def settings(method: str, **values: Any) -> Config:
+    return config.validate({
+        "rounds": 4, "clients": 5, "participants": 3, "local_epochs": 2, "batch_size": 16, "learning_rate": 0.05,
+        "method": method, "model": {"name": f"{__name__}:Net"}, "mask": {"every": 2, "freeze_after": 0.75},
+        "sparsity": {"initial": 0.4, "final": 0.8}, "upload": {"values": "int8"},
+        "data": {
+            "name": "synthetic", "partition": "quantity", "alpha": 2.0,
+            "synthetic": {"shape": [2, 6, 6], "classes": 3, "train_samples": 203, "test_samples": 60},
+        },
+        **values,
+    })  # fmt: skip
+
+
+def build(method: str, comm: Any = None, **values: Any) -> Federation:
+    return federation.build(settings(method, **values), comm or Alone(), torch.device("cpu"))
+
+
+def play(built: Federation, state: rounds.State, first: int = 0) -> list[dict]:
+    return [rounds.play(built, state, plan_round(built.config, t)) for t in range(first, built.config.rounds)]
+
+
+def bits(states: list[rounds.State]) -> list[Any]:
+    """All that the next round depends on, of a federation whose ranks these are."""
+    held = {client: r for state in states for client, r in state.held.items()}
+    first = states[0]
+    return [
+        first.server.weights.numpy().tobytes(),
+        first.server.mask.numpy().tobytes(),
+        {name: values.numpy().tobytes() for name, values in first.memories.items()},
+        {client: held[client].values.numpy().tobytes() for client in sorted(held)},
+    ]
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_ranks_change_no_bit_and_no_count(method: str) -> None:
+    values: dict[str, Any] = {"upload": {"values": "int4", "rounding": "stochastic"}}
+    alone = build(method, **values)
+    state = rounds.initial_state(alone)
+    expected = play(alone, state)
+    built = [build(method, **values) for _ in range(3)]  # not in the threads: torch's generator belongs to all
+
+    def work(comm: Any) -> tuple[rounds.State, list[dict]]:
+        own = dataclasses.replace(built[comm.rank], comm=comm)
+        begun = rounds.initial_state(own)
+        return begun, play(own, begun)
+
+    results = together(3, work)
+    assert bits([each for each, _ in results]) == bits([state])
+    for names in (
+        ("upload_bytes", "upload_extra_bytes", "upload_indices_bytes", "test_loss", "train_loss", "sparsity"),
+    ):
+        assert [[r[n] for n in names] for r in results[0][1]] == [[r[n] for n in names] for r in expected]
+    for _, records in results:
+        # What the ranks handed over are the frames, those of the opening and of the extras too.
+        assert [r["wire_bytes"] for r in records] == [r["upload_bytes"] for r in records]
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_resumed_equals_never_stopped(method: str, tmp_path: Path) -> None:
+    whole = build(method)
+    never_stopped = rounds.initial_state(whole)
+    records = play(whole, never_stopped)
+    for stop in (1, 3):
+        first = build(method)
+        state, history = rounds.initial_state(first), []
+        for t in range(stop):
+            history.append(rounds.play(first, state, plan_round(first.config, t)))
+        folder = run_folder.RunFolder(tmp_path / str(stop))
+        folder.checkpoints.mkdir(parents=True)
+        session.FolderSaver(first, folder, "2026-01-02T03:04:05+0000").save(state, history)
+        found, _ = checkpoint.newest(folder.checkpoints)
+        second = build(method, comm=Broadcasting())
+        resumed, _, _ = session._restore(second, found)
+        assert set(resumed.memories) == set(state.memories)
+        rest = play(second, resumed, stop)
+        assert bits([resumed]) == bits([never_stopped])
+        for name in ("upload_bytes", "test_loss", "mask_grown", "mask_pruned", "upload_extra_bytes"):
+            assert [r[name] for r in history + rest] == [r[name] for r in records]
+
+
+class Broadcasting(Alone):
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def broadcast_array(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_run_is_as_sparse_as_asked_and_as_its_plan(method: str) -> None:
+    built = build(method, upload={"values": "fp32"})
+    state = rounds.initial_state(built)
+    first = int(state.server.mask.sum())
+    records = play(built, state)
+    prunable = built.layout.prunable
+    final = prunable if method in DENSE else masks.kept_count(prunable, 0.8)
+    left = int(state.server.mask.sum())
+    if method == "prunetrain":
+        assert 0.5 * final < left <= final  # to a channel, not to a weight
+    else:
+        assert left == final
+    off_mask = state.server.weights[:prunable][~state.server.mask]
+    if built.method.confined:
+        assert not off_mask.any()
+    rows = planning.rows(built.config, built.layout, built.method.opening())
+    assert rows[0]["upload_bytes"] >= built.config.participants * 4 * first or method == "sparsyfed"
+    if method in ("prunetrain", "sparsyfed"):  # how much is left on the way depends on the weights
+        return
+    assert [row["kept"] for row in rows] == [round((1 - r["sparsity"]) * prunable) for r in records]
+    for row, record in zip(rows, records, strict=True):
+        assert row["upload_bytes"] == pytest.approx(record["upload_bytes"], rel=0.05)
+        if not record["upload_indices_bytes"]:
+            assert row["upload_bytes"] == record["upload_bytes"]
+
+
+@pytest.mark.parametrize("method", [m for m in ALL if m not in ("feddip", *DENSE)])
+def test_nothing_of_a_client_lies_outside_the_masks(method: str) -> None:
+    """Confined methods: a residual has nothing outside what its client could send."""
+    built = build(method, upload={"values": "int4"})
+    state = rounds.initial_state(built)
+    for t in range(built.config.rounds):
+        before = state.server.mask
+        plan = plan_round(built.config, t)
+        rounds.play(built, state, plan)
+        for client in plan.participants:
+            if client in state.held and not plan.update_mask:
+                assert not state.held[client].values[~before].any()
+
+
+@pytest.mark.parametrize("method", ["feddst", "sparsyfed"])
+def test_references_do_not_fit_clients_with_masks_of_their_own(method: str) -> None:
+    with pytest.raises(InputError, match=f"upload.residual: got ef21, .*{method}.*allowed: keep"):
+        build(method, upload={"residual": "ef21"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fedsgd", "method: got 'fedsgd'; did you mean 'fed.*valid: feddip, fedavg"),
+        ("zzz", "method: got 'zzz'; valid: feddip, .*package.module:name"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config.parse(f"method: {name}")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (":X", "is no import path"),
+        ("no_such_module:X", "cannot import 'no_such_module'"),
+        (f"{__name__}:Absent", "has no class 'Absent'"),
+        (f"{__name__}:Net", "'Net', which is no subclass"),
+    ],
+)
+def test_wrong_import_paths(path: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        methods.named(path)
+
+
+def test_the_example_of_the_page_does_what_the_page_says() -> None:
+    """It cuts by the mean over the rounds before, not by the magnitude of now."""
+    built = build(OWN, upload={"values": "fp32"})
+    state = rounds.initial_state(built)
+    size, mean = built.layout.prunable, state.server.weights[: built.layout.prunable].abs()
+    differs = False
+    for t in range(4):
+        old, plan = state.server.mask, plan_round(built.config, t)
+        rounds.play(built, state, plan)
+        if plan.update_mask:
+            keep = masks.kept_count(size, plan.sparsity)
+            assert torch.equal(state.server.mask, masks.select_largest(mean.masked_fill(~old, -1.0), keep))
+            now = masks.select_largest(state.memories["mean"].masked_fill(~old, -1.0), keep)
+            differs = differs or not torch.equal(now, state.server.mask)
+        else:
+            now = 0.7 * mean + 0.3 * state.server.weights[:size].abs()
+            assert torch.allclose(state.memories["mean"][old], now[old])
+        mean = state.memories["mean"]
+    assert differs
+
+
+def test_every_method_says_what_it_does() -> None:
+    for name in ALL:
+        assert 10 < len(methods.named(name).summary) < 100
+    assert {methods.named(name) for name in config.METHODS} == {type(build(name).method) for name in config.METHODS}
