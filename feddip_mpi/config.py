@@ -264,6 +264,7 @@ class Config(_Section):
         le=1e7,
         description="seconds without progress of a rank (a client trained, a phase ended) that end the job; none: never",
     )
+    tensorboard: bool = Field(False, description="also write the numbers for TensorBoard (package tensorboard)")
     threads: int = Field(
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
@@ -274,6 +275,7 @@ class Config(_Section):
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
     "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "device", "stop_grace", "watchdog",
+    "tensorboard",
 )  # fmt: skip
 
 
@@ -294,6 +296,14 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration") -> Config:
     """Parse and validate YAML text; `source` names it in errors. See `load`."""
+    values = read_mapping(text, source)
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, source)
+
+
+def read_mapping(text: str, source: str) -> dict[str, Any]:
+    """YAML text as keys and values; nothing is empty. Raises InputError for other YAML, and for a key given twice."""
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -302,9 +312,7 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected keys and values (rounds: 100), got {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    return validate(values, source)
+    return values
 
 
 def validate(values: Mapping[str, Any], source: str = "configuration") -> Config:
@@ -351,6 +359,19 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """The same plain values by dotted key."""
+
+    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(to_dict(config), ""))
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML text that `parse` reads back to an equal Config."""
     return yaml.dump(to_dict(config), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True)
@@ -394,6 +415,11 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise InputError(f"--set {item!r}: the value {text!r} is not valid YAML; quote it") from None
+    set_key(values, key, value, f"--set {item!r}")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Put a value under a dotted key of nested values. Raises InputError where a part of the key is no section."""
     *parents, last = key.split(".")
     section = values
     for parent in parents:
@@ -401,7 +427,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         if child is None:
             child = section[parent] = {}
         if not isinstance(child, dict):
-            raise InputError(f"--set {item!r}: {parent!r} holds the value {child!r}, not a section")
+            raise InputError(f"{source}: {parent!r} holds the value {child!r}, not a section")
         section = child
     section[last] = value
 
