@@ -278,6 +278,14 @@ RESUMABLE_KEYS = (
     "tensorboard",
 )  # fmt: skip
 
+# These change neither a bit of a run's result nor what is measured of it.
+_WITHOUT_MEANING = ("data.path", "data.download", "stop_grace", "watchdog", "tensorboard")
+
+
+def is_without_meaning(key: str) -> bool:
+    """Whether runs that differ in this key alone are the same experiment."""
+    return key in _WITHOUT_MEANING or key.startswith("checkpoint.")
+
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `KEY=VALUE` overrides, validate.

@@ -330,6 +330,7 @@ def summarise(built: Federation, history: Sequence[Record], accuracy: float, mem
         "versions": runtime.versions(),
         "mpi": built.comm.library(),
         "hardware": runtime.hardware(),
+        "device": runtime.device_name(built.device),
         "seed": built.config.seed,
     }
 

@@ -50,6 +50,8 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
     _check_data(left)
     commands = runner.Commands(folder, shlex.split(launcher))
     _show_estimate(_estimate(cells, found, folder, commands, trial and not for_slurm), jobs, folder)
+    if not dry:
+        _prepare(cells, folder)
     if for_slurm:
         script = slurm.write(left, folder)
         terminal.say(
@@ -62,10 +64,6 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
 def _run(left: Sequence[Cell], out: Path, commands: runner.Commands, jobs: int) -> None:
     stop = runner.Stop()
     stop.install()
-    try:
-        (out / runner.BESIDE).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be created ({error}); name a folder you may write to") from None
     outcomes = runner.run(left, out, commands, jobs, terminal.say, stop)
     unfinished = [outcome for outcome in outcomes if outcome.kind != "finished"]
     if not unfinished:
@@ -79,6 +77,13 @@ def _run(left: Sequence[Cell], out: Path, commands: runner.Commands, jobs: int) 
     if any(outcome.kind == "failed" for outcome in unfinished):
         raise FeddipError(f"{message}; the same command tries them again")
     raise Stopped(f"{message}; the same command goes on")
+
+
+def _prepare(cells: Sequence[Cell], out: Path) -> None:
+    try:
+        runner.write_labels(cells, out)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error}); name a folder you may write to") from None
 
 
 def _show_plan(cells: Sequence[Cell], found: Sequence[State], out: Path) -> None:

@@ -25,7 +25,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,12 @@ class Cell:
     Attributes:
         name: of its run folder; readable, and no other cell's of the grid, also where case does not count.
         config: what it runs.
+        labels: the label of each axis; a report calls a method by that of the axis `method`.
     """
 
     name: str
     config: Config
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def _build(base: Mapping[str, Any], chosen: Sequence[Sequence[_Choice]], source:
         identity = json.dumps(config.to_dict(made), sort_keys=True)
         if identity not in found:
             name = _unlike(name, identity, used)
-            found[identity] = Cell(name, made)
+            found[identity] = Cell(name, made, {choice.axis: choice.label for choice in choices if choice.wins})
     if problems:
         lines = [f"  cell {names[0]}{_and_more(names)}: {line}" for line, names in problems.items()]
         raise InputError(f"{source}: nothing was started, {len(problems)} problem(s):\n" + "\n".join(lines))

@@ -13,9 +13,6 @@ from feddip_mpi.errors import InputError
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.sweep.grid import Cell
 
-# These change neither a bit of the result nor what is measured of it: a cell may differ in them.
-_WITHOUT_MEANING = ("data.path", "data.download", "stop_grace", "watchdog", "tensorboard")
-
 NEW, UNFINISHED, FINISHED, BUSY, REFUSED = "new", "unfinished", "finished", "busy", "refused"
 
 
@@ -74,7 +71,7 @@ def differences(there: Config, wanted: Config) -> list[str]:
     return [
         f"{key} is {old[key]!r} there, {new[key]!r} in the grid"
         for key in old
-        if old[key] != new[key] and key not in _WITHOUT_MEANING and not key.startswith("checkpoint.")
+        if old[key] != new[key] and not config.is_without_meaning(key)
     ]
 
 
