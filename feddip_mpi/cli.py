@@ -214,6 +214,32 @@ def sweep(
     command.sweep(grid, out, jobs, launcher, for_slurm, dry, not no_trial)
 
 
+@cli.command()
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
+@click.option("--out", metavar="REPORT", required=True, help="Folder of the report: new, or that of an earlier report.")
+def report(folders: tuple[str, ...], out: str) -> None:
+    """Compare finished runs: a page, figures and tables.
+
+    DIR is a run folder or a folder of run folders. Runs that differ in their seed alone are taken together.
+    """
+    from feddip_mpi.report import page
+
+    page.report(folders, out)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--once", is_flag=True, help="Show the state once and end.")
+def watch(folder: str, once: bool) -> None:
+    """Show a running job: numbers, time left, whether it lives.
+
+    Ends when the run is finished. Reads files only: it may be started on any node that sees them, and stopped any time.
+    """
+    from feddip_mpi.report import watching
+
+    watching.watch(folder, once)
+
+
 @cli.group()
 def bench() -> None:
     """Measure what a part of the program costs here."""

@@ -28,7 +28,7 @@ _COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", 
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _KIND_COLOURS = (BLUE, "#E69F00", GREEN, GREY, "#56B4E9", "#F0E442", "#8FD3BC", "#BBBBBB", "#CC79A7", VERMILION)
 _LEGEND_LAYERS = 10  # beyond, a legend would hide the lines
-SPREAD = "mean of the seeds; bars and bands from the lowest to the highest"
+SPREAD = "mean of the seeds; ranges, bars and bands from the lowest to the highest"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,8 @@ def _finish(picture: Picture | None, level: str, footer: Callable[[Sequence[Grou
     whole = picture.figure
     upper, lower = whole.subfigs if whole.subfigs else (whole, None)
     upper.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    text, look = footer(picture.groups), {"fontsize": 6, "color": GREY, "ha": "left"}
+    text = footer(picture.groups)
+    look: dict[str, Any] = {"fontsize": 6, "color": GREY, "ha": "left"}
     if lower is not None:
         lower.text(0.01, 0.97, text, va="top", **look)
     else:
@@ -117,8 +118,8 @@ def _new(height: float, rows: int = 1, columns: int = 1, **more: Any) -> tuple[F
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height + _FOOTER), dpi=160, layout="constrained")
-    upper, _ = figure.subfigures(2, 1, height_ratios=(height, _FOOTER))
-    return figure, list(upper.subplots(rows, columns, squeeze=False, **more).flat)
+    figure.subfigures(2, 1, height_ratios=(height, _FOOTER))
+    return figure, list(figure.subfigs[0].subplots(rows, columns, squeeze=False, **more).flat)
 
 
 def _legend_below(figure: Figure, panel: Axes, columns: int = 3) -> None:
