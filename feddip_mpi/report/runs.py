@@ -76,6 +76,9 @@ class Run:
         return ", ".join([*(f"{name} {version}" for name, version in known.items()), *([library] if library else [])])
 
 
+Partition = tuple[np.ndarray | None, tuple[str, ...], str]  # histogram, class names, remark
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """A folder that a report does not use."""
@@ -89,6 +92,7 @@ class Found:
     """What folders hold."""
 
     runs: list[Run] = field(default_factory=list)
+    partitions: dict[str, Partition] = field(default_factory=dict)  # each read once: all runs of a seed have the same
     left_out: list[LeftOut] = field(default_factory=list)
 
 
@@ -117,7 +121,7 @@ def _search(path: Path, found: Found, seen: set[Path], depth: int) -> None:
     seen.add(path.resolve())
     if is_run(path):
         try:
-            found.runs.append(load(path))
+            found.runs.append(load(path, found.partitions))
         except FeddipError as error:
             found.left_out.append(LeftOut(path, str(error)))
         return
@@ -135,8 +139,11 @@ def is_run(path: Path) -> bool:
     return any(file.is_file() for file in (folder.config, folder.metrics, folder.finished))
 
 
-def load(path: Path) -> Run:
+def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:
     """A finished run.
+
+    Args:
+        partitions: those that are known, by what decides them; added to.
 
     Raises:
         FeddipError: it is unfinished or damaged; says why.
@@ -159,7 +166,7 @@ def load(path: Path) -> Run:
         raise FeddipError(f"damaged: metrics.jsonl has {len(records)} rounds, finished.json says {summary['rounds']}")
     if missing := sorted({name for row in records for name in _NEEDED if not isinstance(row.get(name), (int, float))}):
         raise FeddipError(f"damaged, or of another version: metrics.jsonl lacks {', '.join(missing)}")
-    histogram, names, remark = _partition(folder)
+    histogram, names, remark = _partition(folder, settings, {} if partitions is None else partitions)
     return Run(
         path, settings, records, summary, _hardware(folder, records, summary), _label(path, settings), histogram, names,
         (remark,) if remark else (),
@@ -213,15 +220,19 @@ def _label(path: Path, settings: Config) -> str:
         return settings.method
 
 
-def _partition(folder: RunFolder) -> tuple[np.ndarray | None, tuple[str, ...], str]:
+def _partition(folder: RunFolder, settings: Config, known: dict[str, Partition]) -> Partition:
     """The newest checkpoint's histogram and class names, and a remark where there are none."""
     from feddip_mpi import checkpoint
 
+    key = json.dumps([settings.data.model_dump(mode="json"), settings.clients, settings.seed])
+    if key in known:
+        return known[key]
     for path in reversed(checkpoint.listed(folder.checkpoints)):
         try:
-            return (*checkpoint.read_partition(path), "")
+            known[key] = (*checkpoint.read_partition(path), "")
         except FeddipError as error:
             return None, (), f"partition unknown: {error}"
+        return known[key]
     return None, (), "partition unknown: no checkpoint is left"
 
 

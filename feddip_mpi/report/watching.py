@@ -78,7 +78,7 @@ def look(folder: RunFolder) -> View:
 
 def records(path: Path) -> list[Row]:
     """The complete lines of a metrics.jsonl that may be written right now; what is no record is passed over."""
-    found = []
+    found: list[Row] = []
     for line in _text(path, None).split("\n")[:-1]:  # behind the last line break is nothing, or half a line
         try:
             row = json.loads(line)
@@ -154,7 +154,8 @@ def _numbers(view: View) -> list[tuple[str, str]]:
         )
     if last.get("train_loss") is not None:
         found.append(("train loss", f"{float(last['train_loss']):.4f}"))
-    found.append(("sparsity", f"{float(last.get('sparsity') or 0):.4f} (goal {view.config.sparsity.final:.4g})"))
+    asked = float(last.get("sparsity_asked") or 0)
+    found.append(("sparsity", f"{float(last.get('sparsity') or 0):.4f} (asked after this round: {asked:.4f})"))
     sent, dense = (sum(float(row.get(name) or 0) for row in view.records) for name in ("upload_bytes", "dense_bytes"))
     found.append(
         ("uploaded", f"{terminal.size(sent)}, dense {terminal.size(dense)} ({dense / max(1.0, sent):.1f} times)")

@@ -108,9 +108,8 @@ class Chromium:
         found = []
         for event in self.events:
             told = event["params"]
-            if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                found.append(str(told))
-            elif event["method"] == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
+            said = event["method"] == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert")
+            if said or event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 found.append(str(told))
             elif event["method"] == "Network.requestWillBeSent":
                 url = told["request"]["url"]

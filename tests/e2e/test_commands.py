@@ -17,7 +17,9 @@ from feddip_mpi import checkpoint, config, federation
 from feddip_mpi.cli import cli
 from feddip_mpi.errors import DamagedFileError, InputError
 
-COMMANDS = ("bench", "data", "doctor", "evaluate", "export", "inspect", "plan", "resume", "train", "verify")
+COMMANDS = (
+    "bench", "data", "doctor", "evaluate", "export", "inspect", "plan", "report", "resume", "sweep", "train", "verify", "watch",
+)  # fmt: skip
 
 
 def invoke(*words: str) -> Result:
