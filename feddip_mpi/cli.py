@@ -198,13 +198,13 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
 @click.argument("grid")
 @click.option("--out", metavar="DIR", help="Folder of the run folders, one a cell.  [default: runs/NAME]")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Cells at once.  [default: 1]")
-@click.option("--launcher", default="", metavar="WORDS", help='Before each command, e.g. "mpirun -n 4".  [default: 1 rank]')
+@click.option(
+    "--launcher", default="", metavar="WORDS", help='Before each command, e.g. "mpirun -n 4".  [default: 1 rank]'
+)
 @click.option("--slurm", "for_slurm", is_flag=True, help="Write a Slurm array instead of running.")
 @click.option("--dry-run", "dry", is_flag=True, help="Show cells, states and the estimate; run nothing but the trial.")
 @click.option("--no-trial", is_flag=True, help="Estimate no time where no cell has a round yet.")
-def sweep(
-    grid: str, out: str | None, jobs: int, launcher: str, for_slurm: bool, dry: bool, no_trial: bool
-) -> None:
+def sweep(grid: str, out: str | None, jobs: int, launcher: str, for_slurm: bool, dry: bool, no_trial: bool) -> None:
     """Run all cells of a grid that are not finished.
 
     Cells are ordinary run folders. The same command, given again, skips what is finished and resumes what is not.

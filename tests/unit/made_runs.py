@@ -19,7 +19,14 @@ def make(path: Path, seed: int = 1, accuracy: float = 0.5, **more: Any) -> Path:
         more: `processor`, `ranks`, `seconds` (of a round), `upload` (bytes of a round), `sparsity`, `clients` (accuracies),
             `finished` (False: the run is not), `keys` (of the configuration, dotted).
     """
-    keys = {"rounds": 3, "clients": 4, "participants": 2, "data.name": "synthetic", "seed": seed, **more.get("keys", {})}
+    keys = {
+        "rounds": 3,
+        "clients": 4,
+        "participants": 2,
+        "data.name": "synthetic",
+        "seed": seed,
+        **more.get("keys", {}),
+    }
     settings = config.parse("", [f"{key}={value}" for key, value in keys.items()])
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(config.to_yaml(settings))

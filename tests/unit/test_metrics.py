@@ -155,7 +155,11 @@ def test_scalars_leave_out_what_is_no_number() -> None:
     assert "round" not in found and "participants" not in found and "test_loss" not in found
     assert found["client_accuracy/mean"] == pytest.approx(0.6) and found["client_accuracy/lowest"] == 0.5
     assert found["sparsity_by_layer/a"] == 0.1 and found["upload_bytes"] == row["upload_bytes"]
-    assert metrics.scalars(record(1, clients=False) | {"client_accuracy": [None]}).keys().isdisjoint({"client_accuracy/mean"})
+    assert (
+        metrics.scalars(record(1, clients=False) | {"client_accuracy": [None]})
+        .keys()
+        .isdisjoint({"client_accuracy/mean"})
+    )
 
 
 def test_without_the_package_the_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,9 @@ def test_totals_phases_clients(study: Path) -> None:
     }  # fmt: skip
     phases = summaries.phase_seconds(mild)
     assert phases["train"] == 1.0 and phases["evaluate"] == 0.5
-    assert phases["encode"] == pytest.approx(0.1) and phases["other"] == 0.0  # 1.5 s and six phases of 0.1 s pass the 2 s
+    assert (
+        phases["encode"] == pytest.approx(0.1) and phases["other"] == 0.0
+    )  # 1.5 s and six phases of 0.1 s pass the 2 s
     slow = summaries.phase_seconds(groups_of(study)[0])  # 3 s, of which 1.5 + 0.75 + 0.6 are in phases
     assert slow["other"] == pytest.approx(0.15) and sum(slow.values()) == pytest.approx(3.0)
     np.testing.assert_array_equal(summaries.client_accuracy(mild), [0.1, 0.1, 0.5, 0.5, 0.9, 0.9])
@@ -169,7 +171,9 @@ def test_variants_are_told_apart_by_what_is_not_the_default(tmp_path: Path) -> N
     assert [(group.label, group.seeds) for group in made] == [
         ("feddip", (1, 2)), ("feddip (learning_rate=0.2, mask.initial=erk)", (1,)),
     ]  # fmt: skip
-    assert any("not all groups have the same seeds" in text for text in summaries.warnings(made, {made[0].hardware[0]: "A"}))
+    assert any(
+        "not all groups have the same seeds" in text for text in summaries.warnings(made, {made[0].hardware[0]: "A"})
+    )
 
 
 def test_a_sweep_names_its_methods(tmp_path: Path) -> None:

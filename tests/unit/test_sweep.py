@@ -52,7 +52,9 @@ def test_labels_win_and_equal_cells_are_one() -> None:
 
 
 def test_exclude_and_also() -> None:
-    text = METHODS + "exclude: [{method: feddip, sparsity.final: 0.9, seed: [2]}]\nalso: [{method: feddip, seed: [7, 8]}]"
+    text = (
+        METHODS + "exclude: [{method: feddip, sparsity.final: 0.9, seed: [2]}]\nalso: [{method: feddip, seed: [7, 8]}]"
+    )
     assert names(text)[2:] == [
         "feddip_sparsity-0.9_seed-1", "feddip_sparsity-0.95_seed-1", "feddip_sparsity-0.95_seed-2", "feddip_seed-7",
         "feddip_seed-8",
@@ -75,7 +77,10 @@ def test_keys_with_equal_endings_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("grid: {seed: [1], sparsity.final: [0.9, 1.5]}", ["cell seed-1_sparsity-1.5: sparsity.final: got 1.5", "nothing"]),
+        (
+            "grid: {seed: [1], sparsity.final: [0.9, 1.5]}",
+            ["cell seed-1_sparsity-1.5: sparsity.final: got 1.5", "nothing"],
+        ),
         ("grid: {seeds: [1, 2]}", ["cell seeds-1 and 1 more: seeds: unknown key; did you mean 'seed'?"]),
         ("grid: {participants: [2, 5]}", ["cell participants-5: participants: got 5, more than clients = 4"]),
         ("grid: {}", ["grid: got {}"]),
@@ -283,7 +288,9 @@ def test_the_batch_script_is_sound(tmp_path: Path) -> None:
     assert "#SBATCH --array=0-1\n" in text and not re.findall(r"@[A-Z]+@", text)
     assert config.load(out / "_sweep" / "seed-2.yaml") == made[1].config
     # With a job library that only says what it was asked to run.
-    (tmp_path / "lib.sh").write_text('prepare_environment() { :; }\nrun_job() { echo "$RUN|$CONFIG"; }\ndie() { exit "$1"; }\n')
+    (tmp_path / "lib.sh").write_text(
+        'prepare_environment() { :; }\nrun_job() { echo "$RUN|$CONFIG"; }\ndie() { exit "$1"; }\n'
+    )
     for index, code in ((1, 0), (2, 2)):
         done = subprocess.run(
             ["bash", str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=20,
