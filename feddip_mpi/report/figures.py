@@ -27,6 +27,7 @@ _FOOTER_LINES = 5
 _COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F00", "#5D3A9B")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _KIND_COLOURS = (BLUE, "#E69F00", GREEN, GREY, "#56B4E9", "#F0E442", "#8FD3BC", "#BBBBBB", "#CC79A7", VERMILION)
+_CROWDED = 4  # methods
 _LEGEND_LAYERS = 10  # beyond, a legend would hide the lines
 SPREAD = "mean of the seeds; ranges, bars and bands from the lowest to the highest"
 
@@ -127,6 +128,8 @@ def _legend_below(figure: Figure, panel: Axes, columns: int = 3) -> None:
     if handles:
         shown = [plots._clip(label, 44) for label in labels]
         columns = max(1, min(columns, 100 // (8 + max(map(len, shown)))))
+        rows = -(-len(shown) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))  # the panels keep their height
         figure.subfigs[0].legend(handles, shown, loc="outside lower left", ncols=columns, fontsize=8)
 
 
@@ -236,7 +239,11 @@ def _points(panel: Axes, x: Sequence[float], spreads: Sequence[Spread], label: s
 
 
 def _scatter(panel: Axes, groups: Sequence[Group], look: Look, cost: Callable[[Group], Spread]) -> None:
-    """Accuracy over cost, with both spreads; the groups of a method hang together, their sparsities stand beside them."""
+    """Accuracy over cost, with both spreads; the groups of a method hang together, their sparsities stand beside them.
+
+    Of many methods only the ends are labelled.
+    """
+    crowded = len(_by_label(groups)) > _CROWDED
     for label, members in _by_label(groups):
         members = sorted(members, key=lambda group: group.sparsity)
         x, y = [cost(group) for group in members], [_accuracy(group) for group in members]
@@ -246,6 +253,8 @@ def _scatter(panel: Axes, groups: Sequence[Group], look: Look, cost: Callable[[G
             marker=look.mark(label), linewidth=0.8, **look.line(label),
         )  # fmt: skip
         for group, cost_there, accuracy in zip(members, x, y, strict=True):
+            if crowded and group not in (members[0], members[-1]):
+                continue
             panel.annotate(
                 f"{group.sparsity:.4g}" if group.prunes else "dense", (cost_there.mean, accuracy.mean), (5, 4),
                 textcoords="offset points", fontsize=7, color=look.colour(label),
@@ -272,7 +281,7 @@ def _told(
 def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
     """A line a method, with the band of its seeds."""
     return _curves(
-        groups, look, "accuracy-by-round", "Accuracy by round", "accuracy of the pruned model",
+        groups, look, "accuracy-by-round", "Accuracy by round", "accuracy",
         lambda group: summaries.by_round(group, "test_accuracy"),
     )  # fmt: skip
 
@@ -330,7 +339,7 @@ def sparsity_by_layer(groups: Sequence[Group], look: Look) -> Picture | None:
         return None
     from matplotlib import colormaps
 
-    columns = 2 if len(pruning) > 1 else 1
+    columns = 1 if len(pruning) == 1 else 2 if len(pruning) <= 4 else 3
     rows = -(-len(pruning) // columns)
     figure, panels = _new(0.9 + 2.3 * rows, rows, columns, sharey=True)
     for panel in panels[len(pruning) :]:
