@@ -125,7 +125,11 @@ def _search(path: Path, found: Found, seen: set[Path], depth: int) -> None:
         except FeddipError as error:
             found.left_out.append(LeftOut(path, str(error)))
         return
-    inner = sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith((".", "_")))
+    try:
+        inner = sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith((".", "_")))
+    except OSError as error:
+        found.left_out.append(LeftOut(path, f"cannot be read ({error.strerror})"))
+        return
     if depth == _DEEPEST or not inner:
         found.left_out.append(LeftOut(path, "no run folder: it has no config.yaml, and no folder of runs inside"))
         return

@@ -47,7 +47,7 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
     if not left:
         terminal.say(f"all {len(cells)} cells are finished")
         return
-    _check_data(left)
+    _check_data(left, here=not for_slurm)
     commands = runner.Commands(folder, shlex.split(launcher))
     _show_estimate(_estimate(cells, found, folder, commands, trial and not for_slurm), jobs, folder)
     if not dry:
@@ -112,8 +112,15 @@ def _show_estimate(made: Estimate, jobs: int, out: Path) -> None:
         terminal.note("warning: the disk may not hold that; lower checkpoint.keep or name another --out")
 
 
-def _check_data(cells: Sequence[Cell]) -> None:
-    """Models that do not fit their data are found before the first cell starts. Raises InputError that names the cell."""
+def _check_data(cells: Sequence[Cell], here: bool) -> None:
+    """Missing data, and models that do not fit, are found before the first cell starts.
+
+    Args:
+        here: whether the cells run on this machine, so that the files have to be here.
+
+    Raises:
+        InputError: names the cell.
+    """
     seen = set()
     for cell in cells:
         kind = (*estimate.kind_of(cell.config), cell.config.model.keep_dense, cell.config.data.path)
@@ -121,6 +128,8 @@ def _check_data(cells: Sequence[Cell]) -> None:
             seen.add(kind)
             try:
                 _sizes(cell.config)
+                if here and not cell.config.data.download:
+                    _images(cell.config)
             except InputError as error:
                 raise InputError(f"cell {cell.name}: {error}") from None
 
@@ -163,7 +172,11 @@ def _estimate(
             kind = estimate.kind_of(cell.config)
             if kind not in paces and state.kind == states.NEW and (pace := _try(cell, commands)) is not None:
                 paces[kind] = pace
-    return estimate.estimate(cells, found, out, paces, lambda c: images(c)[0], lambda c: (sizes(c)[0], sizes(c)[1]))
+    counted, sized = lambda c: images(c)[0], lambda c: (sizes(c)[0], sizes(c)[1])
+    try:
+        return estimate.estimate(cells, found, out, paces, counted, sized)
+    except InputError:  # for Slurm, the data need not be on this machine
+        return estimate.estimate(cells, found, out, {}, counted, sized)
 
 
 def _try(cell: Cell, commands: runner.Commands) -> Pace | None:

@@ -286,6 +286,20 @@ def test_files_beside_the_page(written: Path) -> None:
     assert r"0.7100 (0.7000 to 0.7200) & -11.00" in text
 
 
+def test_unlike_hardware_is_told_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figures, "of_setting", lambda *_: iter(()))
+    made_runs.make(tmp_path / "runs" / "a", 1, keys={"sparsity.final": 0.95}, sparsity=0.95, processor="CPU Y")
+    made_runs.make(tmp_path / "runs" / "b", 1)
+    page.report([str(tmp_path / "runs")], str(tmp_path / "out"))
+    text = (tmp_path / "out" / page.PAGE).read_text()
+    assert "Different hardware: seconds of different letters are not comparable" in text
+    assert "ran on different hardware (A, B)" in text and "ran on different hardware (A, B)" in capsys.readouterr().err
+    assert "There is no single dense FedAvg to compare with" in text
+
+
 def test_an_earlier_report_is_replaced_and_nothing_else(
     written: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

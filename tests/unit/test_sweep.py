@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from feddip_mpi import config
 from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.run_folder import Lock, RunFolder
-from feddip_mpi.sweep import estimate, grid, runner, slurm, states
+from feddip_mpi.sweep import command, estimate, grid, runner, slurm, states
 from feddip_mpi.sweep.grid import Cell
 from feddip_mpi.sweep.states import State
 
@@ -141,6 +143,28 @@ def test_states(tmp_path: Path) -> None:
     lock.release()
     assert states.look(four, tmp_path).kind == states.UNFINISHED
     Lock(RunFolder(tmp_path / four.name)).release()  # to look takes nothing away
+
+
+def test_whoever_looks_keeps_no_job_out(tmp_path: Path) -> None:
+    """`holder` takes the lock for a moment; a job that starts just then waits that long."""
+    folder = begun(cells("grid: {seed: [1]}")[0], tmp_path)
+    with open(folder.lock_file) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        Lock(folder).release()
+    with open(folder.lock_file) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with pytest.raises(InputError, match="another job is at work"):
+            Lock(folder)
+
+
+def test_missing_data_is_found_before_the_first_cell(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(
+        "base: {rounds: 1, clients: 2, participants: 1, data: {name: npz, path: none.npz}}\ngrid: {seed: [1]}\n"
+    )
+    with pytest.raises(InputError, match=r"cell seed-1: .*none\.npz"):
+        command.sweep(str(tmp_path / "grid.yaml"), str(tmp_path / "runs"), 1, "", False, False)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_changed_grid_reuses_nothing_silently(tmp_path: Path) -> None:
