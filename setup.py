@@ -1,4 +1,4 @@
-"""Packaging: `pip install .`, with the extras openmpi, mpich, plot, zstd and dev."""
+"""Packaging: `pip install .`, with the extras openmpi, mpich, plot, report, tensorboard, zstd and dev."""
 
 import re
 from pathlib import Path
@@ -24,6 +24,8 @@ def readme() -> str:
 
 
 PLOT = ["matplotlib>=3.8"]
+REPORT = [*PLOT, "jinja2>=3.1"]
+TENSORBOARD = ["tensorboard>=2.15"]
 ZSTD = ["zstandard>=0.22"]
 
 setup(
@@ -34,6 +36,7 @@ setup(
     long_description_content_type="text/markdown",
     keywords="federated learning, pruning, sparsity, MPI, PyTorch, HDF5",
     packages=find_packages(include=["feddip_mpi", "feddip_mpi.*"]),
+    package_data={"feddip_mpi.report": ["*.j2"]},
     python_requires=">=3.10",
     install_requires=[
         "click>=8.1",
@@ -52,9 +55,12 @@ setup(
         "openmpi": ["openmpi>=5"],
         "mpich": ["mpich>=4.2"],
         "plot": PLOT,
+        "report": REPORT,
+        "tensorboard": TENSORBOARD,
         "zstd": ZSTD,
         "dev": [
-            *PLOT,
+            *REPORT,
+            *TENSORBOARD,
             *ZSTD,
             "hypothesis>=6.100",
             "mypy>=1.10",

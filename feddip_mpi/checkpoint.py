@@ -304,6 +304,13 @@ def _read_residual(reader: Reader, name: str) -> Residual:
     return Residual(torch.from_numpy(values), round)
 
 
+def read_partition(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """int64 [clients, classes], the partition's training images, and the names of the classes, if there are any."""
+    with hdf5.open_file(path) as reader:
+        check_format(reader)
+        return reader.array("partition/histogram"), _class_names(reader)
+
+
 def residual_bytes(path: Path) -> dict[int, int]:
     """Bytes that each client's residual takes in the file, by client; clients without one are left out."""
     found: dict[int, int] = {}

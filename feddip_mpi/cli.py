@@ -268,6 +268,51 @@ def study(
     studies.work(target, overrides, settings, out, collect, as_json)
 
 
+@click.argument("grid")
+@click.option("--out", metavar="DIR", help="Folder of the run folders, one a cell.  [default: runs/NAME]")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Cells at once.  [default: 1]")
+@click.option(
+    "--launcher", default="", metavar="WORDS", help='Before each command, e.g. "mpirun -n 4".  [default: 1 rank]'
+)
+@click.option("--slurm", "for_slurm", is_flag=True, help="Write a Slurm array instead of running.")
+@click.option("--dry-run", "dry", is_flag=True, help="Show cells, states and the estimate; run nothing but the trial.")
+@click.option("--no-trial", is_flag=True, help="Estimate no time where no cell has a round yet.")
+def sweep(grid: str, out: str | None, jobs: int, launcher: str, for_slurm: bool, dry: bool, no_trial: bool) -> None:
+    """Run all cells of a grid that are not finished.
+
+    Cells are ordinary run folders. The same command, given again, skips what is finished and resumes what is not.
+    """
+    from feddip_mpi.sweep import command
+
+    command.sweep(grid, out, jobs, launcher, for_slurm, dry, not no_trial)
+
+
+@cli.command()
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
+@click.option("--out", metavar="REPORT", required=True, help="Folder of the report: new, or that of an earlier report.")
+def report(folders: tuple[str, ...], out: str) -> None:
+    """Compare finished runs: a page, figures and tables.
+
+    DIR is a run folder or a folder of run folders. Runs that differ in their seed alone are taken together.
+    """
+    from feddip_mpi.report import page
+
+    page.report(folders, out)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--once", is_flag=True, help="Show the state once and end.")
+def watch(folder: str, once: bool) -> None:
+    """Show a running job: numbers, time left, whether it lives.
+
+    Ends when the run is finished. Reads files only: it may be started on any node that sees them, and stopped any time.
+    """
+    from feddip_mpi.report import watching
+
+    watching.watch(folder, once)
+
+
 @cli.group()
 def bench() -> None:
     """Measure what a part of the program costs here."""

@@ -344,6 +344,7 @@ class Config(_Section):
         le=1e7,
         description="seconds without progress of a rank (a client trained, a phase ended) that end the job; none: never",
     )
+    tensorboard: bool = Field(False, description="also write the numbers for TensorBoard (package tensorboard)")
     threads: int = Field(
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
@@ -365,8 +366,16 @@ class Config(_Section):
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
     "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device",
-    "stop_grace", "watchdog",
+    "stop_grace", "watchdog", "tensorboard",
 )  # fmt: skip
+
+# These change neither a bit of a run's result nor what is measured of it.
+_WITHOUT_MEANING = ("data.path", "data.download", "stop_grace", "watchdog", "tensorboard")
+
+
+def is_without_meaning(key: str) -> bool:
+    """Whether runs that differ in this key alone are the same experiment."""
+    return key in _WITHOUT_MEANING or key.startswith("checkpoint.")
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -386,6 +395,14 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration") -> Config:
     """Parse and validate YAML text; `source` names it in errors. See `load`."""
+    values = read_mapping(text, source)
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, source)
+
+
+def read_mapping(text: str, source: str) -> dict[str, Any]:
+    """YAML text as keys and values; nothing is empty. Raises InputError for other YAML, and for a key given twice."""
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -394,9 +411,7 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected keys and values (rounds: 100), got {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    return validate(values, source)
+    return values
 
 
 def validate(values: Mapping[str, Any], source: str = "configuration") -> Config:
@@ -443,6 +458,19 @@ def override(
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values (JSON types) from which `validate` makes an equal Config."""
     return config.model_dump(mode="json")
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The same plain values by dotted key."""
+
+    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(to_dict(config), ""))
 
 
 def to_yaml(config: Config) -> str:
@@ -494,6 +522,11 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise InputError(f"--set {_shorten(item)}: the value {_shorten(text)} is not valid YAML; quote it") from None
+    set_key(values, key, value, f"--set {_shorten(item)}")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Put a value under a dotted key of nested values. Raises InputError where a part of the key is no section."""
     *parents, last = key.split(".")
     section = values
     for parent in parents:
@@ -501,7 +534,7 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         if child is None:
             child = section[parent] = {}
         if not isinstance(child, dict):
-            raise InputError(f"--set {_shorten(item)}: {parent!r} holds the value {_shorten(child)}, not a section")
+            raise InputError(f"{source}: {parent!r} holds the value {_shorten(child)}, not a section")
         section = child
     section[last] = value
 

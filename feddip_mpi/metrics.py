@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from feddip_mpi import hdf5
+from feddip_mpi.errors import InputError
 
 Record = dict[str, Any]
 
@@ -168,6 +169,14 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Sink(Protocol):
+    """Takes the record of each round."""
+
+    def append(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsFile:
     """metrics.jsonl of a run folder; one line a round, flushed as it is written."""
 
@@ -189,6 +198,79 @@ class MetricsFile:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what was not written has been complained about
             self._file.close()
+
+
+class TensorBoardFiles:
+    """The scalars of the records for TensorBoard, in a folder of their own."""
+
+    def __init__(self, folder: Path, history: Sequence[Record]) -> None:
+        """Begin with the rounds of `history`, in place of what is there: every step is there once, also after a resume."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(folder))
+        for record in history:
+            self._add(record)
+        self._writer.flush()
+
+    def append(self, record: Record) -> None:
+        """Raises FeddipError where it cannot be written."""
+        try:
+            self._add(record)
+            self._writer.flush()
+        except OSError as error:
+            raise hdf5.cannot_write(error, Path(self._writer.log_dir)) from None
+
+    def _add(self, record: Record) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["round"])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The finite numbers of a record by name, layers as name/layer; of a list of measurements its mean and its lowest."""
+    found: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        value = record.get(name)
+        if name == "round" or value is None or field.kind == "ints":
+            continue
+        if field.kind == "layers":
+            found |= {f"{name}/{layer}": share for layer, share in value.items()}
+        elif field.kind == "floats":
+            known = [x for x in value if x is not None]
+            found |= {f"{name}/mean": sum(known) / len(known), f"{name}/lowest": min(known)} if known else {}
+        else:
+            found[name] = value
+    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def require_tensorboard() -> None:
+    """Raises InputError where the package is missing."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f'tensorboard: on needs the package tensorboard ({error}): pip install "feddip-mpi[tensorboard]", or leave it off'
+        ) from None
+
+
+def open_sinks(folder: Path, metrics_file: Path, history: Sequence[Record], tensorboard: bool) -> list[Sink]:
+    """Everything that takes a run's records.
+
+    Args:
+        folder: of the run.
+        metrics_file: its metrics.jsonl.
+        history: the rounds that are done.
+        tensorboard: also write `folder`/tensorboard.
+    """
+    sinks: list[Sink] = [MetricsFile(metrics_file, history)]
+    if tensorboard:
+        sinks.append(TensorBoardFiles(folder / "tensorboard", history))
+    return sinks
 
 
 def read(path: Path) -> list[Record]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from feddip_mpi import config, data, federation, masks, methods
+from feddip_mpi import data, federation, masks, methods
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError
@@ -146,7 +146,7 @@ def _seen_from(path: str) -> str | None:
 def mask(settings: Config) -> Json:
     """The initial weights and first mask as this rank makes them.
 
-    Where the first mask comes from gradients (snip) a magnitude mask stands in for it.
+    Where the clients' gradients would decide (snip, ssfl, prunefl) a magnitude mask stands in for theirs.
 
     Returns:
         "digest" (CRC-32, hexadecimal), "size" (n) and "prunable" (P), and "error" where the model cannot be made.
@@ -155,9 +155,12 @@ def mask(settings: Config) -> Json:
         shape, classes = data.shape_of(settings.data, settings.seed)
         module, layout = federation.build_model(settings, shape, classes)
         weights = flatten(module, layout)
-        if methods.needs_saliency(settings):
-            settings = config.override(settings, ["mask.initial=magnitude"])
-        first = masks.digest(methods.initial_mask(settings, layout, weights))
+        method = methods.make(settings, module, layout, shape)
+        if method.opening() is None:
+            weights, made = method.start(weights, [])
+        else:
+            made = method.first_mask("magnitude", weights[: layout.prunable], [])
+        first = masks.digest(made)
     except FeddipError as error:
         return {"digest": None, "error": str(error), "size": 0, "prunable": 0}
     digest = zlib.crc32(weights.numpy().view(np.uint8).data, first)

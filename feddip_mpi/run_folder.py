@@ -71,6 +71,22 @@ class RunFolder:
             raise InputError(f"--out {self.path}: exists and is no folder; name another one")
 
 
+def holder(folder: RunFolder) -> str | None:
+    """Who is at work in a run folder, as the lock's file says; None: nobody. Leaves everything as it is.
+
+    Where the file system has no locks, or the file cannot be opened, nobody seems to be there.
+    """
+    try:
+        with open(folder.lock_file, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "unknown"
+    except OSError:
+        pass
+    return None
+
+
 class Lock:
     """Held as long as this process lives: two jobs in one folder would remove each other's files."""
 
@@ -78,7 +94,7 @@ class Lock:
         """Take it. Raises InputError that names who has it."""
         self._file: IO[str] = open(folder.lock_file, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
@@ -94,6 +110,17 @@ class Lock:
             f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n"
         )
         self._file.flush()
+
+    def _take(self) -> None:
+        """Try for a moment: `holder` looks by taking the lock itself, which lasts no longer."""
+        for patience in (0.02, 0.1, 0):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not patience:
+                    raise
+                time.sleep(patience)
 
     def release(self) -> None:
         self._file.close()

@@ -305,6 +305,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def device_name(device: torch.device) -> str:
+    """What trains, as results name it: CPU, or the GPU's name."""
+    if device.type != "cuda":
+        return device.type.upper()
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
 def process() -> dict[str, Any]:
     """This process: pid, cores it may run on, OMP_NUM_THREADS, and the node's memory in bytes."""
     import psutil

@@ -69,6 +69,7 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
 
     def read() -> list[Any]:
         settings = config.load(config_path, overrides)
+        _require_extras(settings)
         folder = RunFolder(Path(out) if out else _default_folder(config_path))
         folder.require_free()
         return [config.to_dict(settings), str(folder.path)]
@@ -117,9 +118,11 @@ def _resume(
             _hold(held, Lock(folder))
         if not saved and folder.config.exists():
             settings = config.override(config.load(folder.config), overrides, config.RESUMABLE_KEYS)
+            _require_extras(settings)
             return [config.to_dict(settings), [], 0, False]
         found, refused = checkpoint.newest(folder.checkpoints)
         settings = config.override(found.config, overrides, config.RESUMABLE_KEYS)
+        _require_extras(settings)
         _check_rounds(settings, found)
         loaded.append(found)
         # Rank 0 looks for all: file systems show a file to some nodes sooner than to others.
@@ -144,6 +147,11 @@ def _resume(
     state, history, created = _restore(built, loaded[0] if loaded else None)
     on_root(comm, lambda: _reopen(folder, settings))  # not before: data that does not fit must change nothing
     _play(built, folder, state, history, created, stop)
+
+
+def _require_extras(settings: Config) -> None:
+    if settings.tensorboard:
+        metrics.require_tensorboard()
 
 
 def _source(loaded: Sequence[Loaded]) -> str:
@@ -259,17 +267,19 @@ def _play(
 ) -> None:
     comm = built.comm
     saver = FolderSaver(built, folder, created)
-    sinks: list[metrics.MetricsFile] = []
-    on_root(comm, lambda: sinks.append(metrics.MetricsFile(folder.metrics, history)))
-    sink = sinks[0] if sinks else None
+    sinks: list[metrics.Sink] = []  # of rank 0
+    on_root(
+        comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, history, built.config.tensorboard))
+    )
     if comm.any(stop.requested):
         message = f"stopped by a signal before round {state.server.round + 1}"
         comm.check(Stopped(f"{message}; `feddip-mpi resume {folder.path}` goes on"))
     progress = terminal.progress(built, folder.path) if comm.rank == 0 else None
 
     def report(record: Record) -> None:
-        if sink is not None and progress is not None:
-            sink.append(record)
+        if progress is not None:
+            for sink in sinks:
+                sink.append(record)
             progress.show(record)
             log.info("%s", terminal.line(record, built.config.rounds))
             if record["mask_delayed"] or (record["penalty_scale"], record["regrow_scale"]) != (1.0, 1.0):
@@ -289,7 +299,7 @@ def _play(
         watchdog.close()
         if progress is not None:
             progress.close()
-        if sink is not None:
+        for sink in sinks:
             sink.close()
     if stopped:
         message = f"stopped by a signal after round {state.server.round}; `feddip-mpi resume {folder.path}` goes on"
@@ -342,6 +352,7 @@ def summarise(
         "versions": runtime.versions(),
         "mpi": built.comm.library(),
         "hardware": runtime.hardware(),
+        "device": runtime.device_name(built.device),
         "seed": built.config.seed,
     }
 

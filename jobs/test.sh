@@ -42,6 +42,15 @@ set_up_slurm() {
     apt_install "${packages[@]}" || say "Slurm cannot be had here: tests of the batch scripts are skipped"
 }
 
+# The report's page is looked at in a browser: 113 MB, 13 s on two cores.
+set_up_chromium() {
+    if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then
+        return
+    fi
+    say "installing Chromium for the tests"
+    apt_install chromium || say "Chromium cannot be had here: the test that looks at the report's page is skipped"
+}
+
 # The tests want the files themselves, not a training command that fetches them.
 if ((${#DATA_OPTIONS[@]})); then
     python -c 'from feddip_mpi import config, data; data.load(config.DataConfig(download=True), 1)' ||
@@ -51,6 +60,7 @@ set_up_mpich
 [[ -n ${FEDDIP_MPICH:-} ]] || say "MPICH cannot be had here: tests that need it are skipped"
 set_up_iproute2
 set_up_slurm
+set_up_chromium
 # Tests start more ranks than there are cores, with their own command lines.
 export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,10 +99,23 @@ def meanwhile(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     jobs = {
         "limited": (limited, limited.submit("slurm-cpu.sh", *options, slow=True, FEDDIP_TEST_SLEEP="0.2")),
         "grid": (grid, grid.submit("slurm-array.sh", "--array=0-3", "--ntasks-per-node=1", settings=SHORT)),
+        "sweep": sweep(slurm, tmp_path_factory.mktemp("sweep")),
     }
     options = ("--ntasks-per-node=1", "--time=10", "--open-mode=append", f"--output={study.log}")
     said = slurm.bash("jobs/slurm-scaling.sh", *options, extra=study.environment)
     return jobs | {"study": (study, Job(slurm, re.findall(r"collects into \S+: job (\d+)", said)[0], study.log))}
+
+
+def sweep(slurm: Slurm, folder: Path) -> tuple[Started, Job]:
+    """The array that `feddip-mpi sweep --slurm` writes for three cells."""
+    started = Started(slurm, folder)
+    started.configure(SHORT)
+    (folder / "grid.yaml").write_text("base: config.yaml\ngrid: {method: [fedavg, feddip], seed: [5, 6]}\n"
+                                      "exclude: [{method: fedavg, seed: 6}]\n")  # fmt: skip
+    slurm.run(
+        sys.executable, "-m", "feddip_mpi", "sweep", str(folder / "grid.yaml"), "--out", str(started.run), "--slurm"
+    )
+    return started, slurm.submit(str(started.run / "_sweep" / "array.sh"), extra=started.environment)
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +269,19 @@ def test_array(meanwhile: dict[str, tuple[Started, Job]]) -> None:
         found[path.parent.name] = summary["seed"], round(summary["sparsity"], 2)
     expected = {f"seed-{seed}-sparsity-{share}": (seed, share) for seed in (1, 2) for share in (0.8, 0.95)}
     assert found == expected, job.text
+
+
+def test_sweep(meanwhile: dict[str, tuple[Started, Job]]) -> None:
+    started, job = meanwhile["sweep"]
+    job.wait_until(lambda: not started.slurm.query("squeue", "-h", "-j", job.id))
+    cells = ("fedavg_seed-5", "feddip_seed-5", "feddip_seed-6")
+    found = {path.parent.name: json.loads(path.read_text()) for path in started.run.glob("*/finished.json")}
+    assert found.keys() == set(cells), job.text
+    assert [found[name]["seed"] for name in cells] == [5, 5, 6]
+    again = started.slurm.run(
+        sys.executable, "-m", "feddip_mpi", "sweep", str(started.run.parent / "grid.yaml"), "--out", str(started.run)
+    )
+    assert "all 3 cells are finished" in again
 
 
 def test_scaling_study(meanwhile: dict[str, tuple[Started, Job]]) -> None:

@@ -17,7 +17,10 @@ from feddip_mpi import checkpoint, config, federation
 from feddip_mpi.cli import cli
 from feddip_mpi.errors import DamagedFileError, InputError
 
-COMMANDS = ("bench", "data", "doctor", "evaluate", "export", "inspect", "plan", "resume", "study", "train", "verify")
+COMMANDS = (
+    "bench", "data", "doctor", "evaluate", "export", "inspect", "plan", "report", "resume", "study", "sweep", "train",
+    "verify", "watch",
+)  # fmt: skip
 
 
 def invoke(*words: str) -> Result:

@@ -88,7 +88,7 @@ def test_the_package_installs_whole(tmp_path: Path) -> None:
         names = set(wheel.namelist())
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "feddip_mpi").rglob("*.py")}
-    assert modules <= names
+    assert modules | {"feddip_mpi/report/page.html.j2"} <= names
     for extra in {e for c in COMMANDS for group in re.findall(r"\.\[(.*?)\]", c) for e in group.split(",")}:
         assert f"Provides-Extra: {extra}" in metadata
 

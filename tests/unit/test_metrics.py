@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from feddip_mpi import metrics
+from feddip_mpi.errors import InputError
 from feddip_mpi.metrics import FIELDS, MetricsFile, Record
 
 LAYERS = ["conv.weight", "fc.weight"]
@@ -142,3 +144,49 @@ def test_a_cut_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path.write_text(line + "\n" + line[:30] + "\n" + line + "\n")
     with pytest.raises(json.JSONDecodeError):
         metrics.read(path)
+
+
+# TensorBoard
+
+
+def test_scalars_leave_out_what_is_no_number() -> None:
+    row = record(3) | {"test_loss": math.nan, "client_accuracy": [0.5, None, 0.7], "sparsity_by_layer": {"a": 0.1}}
+    found = metrics.scalars(row)
+    assert "round" not in found and "participants" not in found and "test_loss" not in found
+    assert found["client_accuracy/mean"] == pytest.approx(0.6) and found["client_accuracy/lowest"] == 0.5
+    assert found["sparsity_by_layer/a"] == 0.1 and found["upload_bytes"] == row["upload_bytes"]
+    assert (
+        metrics.scalars(record(1, clients=False) | {"client_accuracy": [None]})
+        .keys()
+        .isdisjoint({"client_accuracy/mean"})
+    )
+
+
+def test_without_the_package_the_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r'tensorboard: on needs the package.*pip install "feddip-mpi\[tensorboard\]"'):
+        metrics.require_tensorboard()
+
+
+def test_tensorboard_has_every_step_once_also_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def rows(*rounds: int) -> list[Record]:
+        return [record(1, clients=False) | {"round": r, "train_loss": float(r)} for r in rounds]
+
+    def play(history: list[Record], new: list[Record]) -> None:
+        sinks = metrics.open_sinks(tmp_path, tmp_path / "metrics.jsonl", history, tensorboard=True)
+        for row in new:
+            for sink in sinks:
+                sink.append(row)
+        for sink in sinks:
+            sink.close()
+
+    play([], rows(1, 2, 3, 4, 5))
+    play(rows(1, 2, 3), rows(4, 5, 6))  # the checkpoint was that of round 3
+    found = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False)
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("train_loss")] == [(r, float(r)) for r in range(1, 7)]
+    assert set(found.Tags()["scalars"]) == set(metrics.scalars(rows(1)[0]))
+    assert [row["round"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

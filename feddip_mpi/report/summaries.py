@@ -1,0 +1,334 @@
+"""From runs to numbers over their seeds. Pure: no file is read, nothing is drawn.
+
+Everywhere a spread is the mean with the lowest and the highest of the seeds: with two or three of them a standard deviation
+would promise more than is known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from feddip_mpi import config
+from feddip_mpi.config import Config
+from feddip_mpi.report.runs import Hardware, Run, identity
+
+# Keys that make a setting: only within one are methods compared.
+_SETTING_KEYS = (
+    "data.name", "model.name", "data.partition", "data.alpha", "data.classes_per_client", "rounds", "clients",
+    "participants", "local_epochs",
+)  # fmt: skip
+UPLOAD_KINDS = ("values", "indices", "other", "frame")
+BYTE_KINDS = (
+    *(f"upload_{kind}_bytes" for kind in UPLOAD_KINDS), *(f"download_{kind}_bytes" for kind in UPLOAD_KINDS), "residual_bytes",
+    "control_bytes",
+)  # fmt: skip
+PHASES = (
+    "train",
+    "encode",
+    "wait",
+    "exchange",
+    "decode",
+    "server",
+    "evaluate",
+    "checkpoint",
+)  # transfer runs beside them
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, lowest and highest of so many seeds."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """At least one value."""
+        found = [float(value) for value in values]
+        return cls(sum(found) / len(found), min(found), max(found), len(found))
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        setting: what the task is; one line.
+        method: its label.
+        sparsity: share of zeros of the final model, as measured.
+        variant: what tells it from groups of the same setting, method and sparsity; empty where nothing has to.
+        runs: in the order of their seeds.
+    """
+
+    setting: str
+    method: str
+    sparsity: float
+    variant: str
+    runs: tuple[Run, ...]
+
+    @property
+    def config(self) -> Config:
+        return self.runs[0].config
+
+    @property
+    def label(self) -> str:
+        return self.method + (f" ({self.variant})" if self.variant else "")
+
+    @property
+    def title(self) -> str:
+        """Label and sparsity."""
+        return f"{self.label} {self.sparsity:.4g}" if self.prunes else f"{self.label} dense"
+
+    @property
+    def prunes(self) -> bool:
+        return self.sparsity > 0
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.config.seed for run in self.runs)
+
+    @property
+    def hardware(self) -> tuple[Hardware, ...]:
+        """Each kind once."""
+        return tuple(sorted({run.hardware for run in self.runs}))
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A row of the summary table.
+
+    Attributes:
+        accuracy: top-1 of the truly pruned model after the last round, 0 to 1.
+        last5: the same, mean of the last five evaluations.
+        upload_bytes: of all clients in all rounds.
+        seconds: of all rounds; None where the seeds ran on unlike hardware.
+        against: the dense group it is compared with, if the setting has one.
+        accuracy_difference: mean accuracy minus that of `against`.
+        times_fewer_bytes: uploads of `against` / own.
+        time_ratio: seconds / seconds of `against`; None on unlike hardware.
+    """
+
+    group: Group
+    accuracy: Spread
+    last5: Spread
+    upload_bytes: Spread
+    seconds: Spread | None
+    against: Group | None
+    accuracy_difference: float | None
+    times_fewer_bytes: float | None
+    time_ratio: float | None
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs by configuration without the seed; sorted by setting, sparsity and label."""
+    together: dict[str, list[Run]] = {}
+    for run in runs:
+        key = {name: value for name, value in identity(run.config).items() if name != "seed"}
+        together.setdefault(run.label + json.dumps(key, sort_keys=True), []).append(run)
+    parts = [tuple(sorted(group, key=lambda run: run.config.seed)) for group in together.values()]
+    alike: dict[tuple[str, str, float], list[tuple[Run, ...]]] = {}
+    for part in parts:
+        alike.setdefault((setting_of(part[0].config), part[0].label, _sparsity(part[0])), []).append(part)
+    made = [
+        Group(setting, label, sparsity, variant, part)
+        for (setting, label, sparsity), same in alike.items()
+        for part, variant in zip(same, _variants([part[0].config for part in same]), strict=True)
+    ]
+    return sorted(made, key=lambda group: (group.setting, group.sparsity, group.label))
+
+
+def setting_of(settings: Config) -> str:
+    """The task in one line: data, model, partition, rounds, clients."""
+    return (
+        f"{settings.model.name} on {settings.data.name}, {partition_of(settings)}, {settings.rounds} rounds, "
+        f"{settings.participants} of {settings.clients} clients a round, {settings.local_epochs} local epochs"
+    )
+
+
+def partition_of(settings: Config) -> str:
+    """The partition with its parameter."""
+    data = settings.data
+    if data.partition in ("dirichlet", "quantity"):
+        return f"{data.partition}({data.alpha:g})"
+    if data.partition == "pathological":
+        return f"{data.classes_per_client} classes a client"
+    return data.partition
+
+
+def _sparsity(run: Run) -> float:
+    """As measured, to four figures: seeds differ by a weight at most."""
+    return float(f"{float(run.records[-1]['sparsity']):.4f}")
+
+
+def _variants(settings: Sequence[Config]) -> list[str]:
+    """For each configuration the keys in which these differ, as far as they are not the program's defaults."""
+    tables = [{key: value for key, value in identity(one).items() if key != "seed"} for one in settings]
+    defaults = config.flat(Config())
+    differing = [key for key in tables[0] if any(table[key] != tables[0][key] for table in tables)]
+    texts = [", ".join(f"{k}={_plain(t[k])}" for k in differing if t[k] != defaults[k]) for t in tables]
+    if len(set(texts)) == len(texts):
+        return texts
+    return [", ".join(f"{key}={_plain(table[key])}" for key in differing) for table in tables]
+
+
+def _plain(value: Any) -> str:
+    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def settings(made: Sequence[Group]) -> dict[str, list[Group]]:
+    """Groups by their setting."""
+    found: dict[str, list[Group]] = {}
+    for group in made:
+        found.setdefault(group.setting, []).append(group)
+    return found
+
+
+def dense_of(made: Sequence[Group]) -> Group | None:
+    """The yardstick of a setting: FedAvg with float32 uploads, else any FedAvg; None where there is none or several."""
+    plain = [group for group in made if group.config.method == "fedavg"]
+    exact = [group for group in plain if group.config.upload.values == "fp32"] or plain
+    return exact[0] if len(exact) == 1 else None
+
+
+def lines(made: Sequence[Group]) -> list[Line]:
+    """The summary of one setting."""
+    dense = dense_of(made)
+    return [_line(group, dense) for group in made]
+
+
+def _line(group: Group, dense: Group | None) -> Line:
+    accuracy = Spread.of(run.summary["test_accuracy"] for run in group.runs)
+    uploads = Spread.of(run.summary["upload_bytes"] for run in group.runs)
+    seconds = seconds_of(group)
+    difference = fewer = ratio = None
+    if dense is not None:
+        difference = accuracy.mean - Spread.of(run.summary["test_accuracy"] for run in dense.runs).mean
+        fewer = Spread.of(run.summary["upload_bytes"] for run in dense.runs).mean / max(1.0, uploads.mean)
+        theirs = seconds_of(dense)
+        if seconds is not None and theirs is not None and group.hardware == dense.hardware and theirs.mean > 0:
+            ratio = seconds.mean / theirs.mean
+    last5 = Spread.of(run.summary["test_accuracy_mean_of_last_5"] for run in group.runs)
+    return Line(group, accuracy, last5, uploads, seconds, dense, difference, fewer, ratio)
+
+
+def seconds_of(group: Group) -> Spread | None:
+    """Seconds of all rounds; None where the seeds ran on unlike hardware: their mean would mean nothing."""
+    if len(group.hardware) > 1:
+        return None
+    return Spread.of(run.summary["seconds"] for run in group.runs)
+
+
+def by_round(group: Group, value: str | Callable[[Mapping[str, Any]], float | None]) -> np.ndarray:
+    """float64 [rounds that all seeds measured, 4]: round, mean, lowest, highest.
+
+    Args:
+        value: a name of the records, or what to take of a record; None where it was not measured.
+    """
+    take = value if callable(value) else lambda row: row.get(value)
+    columns = [
+        {int(row["round"]): float(number) for row in run.records if (number := take(row)) is not None}
+        for run in group.runs
+    ]
+    shared = sorted(set.intersection(*(set(column) for column in columns)))
+    table = [(r, *_mean_low_high([column[r] for column in columns])) for r in shared]
+    return np.array(table, dtype=np.float64).reshape(-1, 4)
+
+
+def _mean_low_high(values: Sequence[float]) -> tuple[float, float, float]:
+    return sum(values) / len(values), min(values), max(values)
+
+
+def layers(group: Group) -> dict[str, np.ndarray]:
+    """`by_round` of the sparsity of every prunable tensor, in the model's order."""
+
+    def of_layer(name: str) -> Callable[[Mapping[str, Any]], float | None]:
+        return lambda row: (row.get("sparsity_by_layer") or {}).get(name)
+
+    names = list(group.runs[0].records[-1].get("sparsity_by_layer") or {})
+    return {name: by_round(group, of_layer(name)) for name in names}
+
+
+def totals(group: Group, names: Sequence[str]) -> dict[str, float]:
+    """The sum over the rounds of each name, mean over the seeds; what was not measured counts as nothing."""
+    return {
+        name: Spread.of(sum(float(row.get(name) or 0) for row in run.records) for run in group.runs).mean
+        for name in names
+    }
+
+
+def phase_seconds(group: Group) -> dict[str, float]:
+    """Seconds a round by phase, mean over rounds and seeds; "other" is what the round took besides."""
+    rounds = sum(len(run.records) for run in group.runs)
+    names = [f"{phase}_seconds" for phase in PHASES]
+    sums = {
+        name: sum(float(row.get(name) or 0) for run in group.runs for row in run.records) / rounds for name in names
+    }
+    whole = sum(float(row["round_seconds"]) for run in group.runs for row in run.records) / rounds
+    found = {phase: sums[f"{phase}_seconds"] for phase in PHASES}
+    return found | {"other": max(0.0, whole - sum(found.values()))}
+
+
+def peak(group: Group, name: str) -> Spread:
+    """The largest value of a run, over the seeds."""
+    return Spread.of(max(float(row.get(name) or 0) for row in run.records) for run in group.runs)
+
+
+def client_accuracy(group: Group) -> np.ndarray:
+    """float64 [clients of all seeds that have test images], sorted: of the last round that was evaluated by client."""
+    found: list[float] = []
+    for run in group.runs:
+        told = [row["client_accuracy"] for row in run.records if row.get("client_accuracy")]
+        found += [float(value) for value in (told[-1] if told else []) if value is not None]
+    return np.sort(np.array(found, dtype=np.float64))
+
+
+def hardware_letters(runs: Sequence[Run]) -> dict[Hardware, str]:
+    """A, B, .. for each kind of hardware."""
+    kinds = sorted({run.hardware for run in runs})
+    return {kind: _letters(number) for number, kind in enumerate(kinds)}
+
+
+def _letters(number: int) -> str:
+    return (_letters(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
+
+
+def warnings(made: Sequence[Group], letters: Mapping[Hardware, str]) -> list[str]:
+    """What a reader must not overlook."""
+    said = []
+    for setting, members in settings(made).items():
+        kinds = sorted({letters[kind] for group in members for kind in group.hardware})
+        if len(kinds) > 1:
+            said.append(
+                f"{setting}: ran on different hardware ({', '.join(kinds)}); seconds may be compared within one letter only, "
+                "and accuracies of one seed may differ between them"
+            )
+        for group in members:
+            if len(group.hardware) > 1:
+                named = ", ".join(letters[kind] for kind in group.hardware)
+                said.append(
+                    f"{setting}, {group.title}: its seeds ran on different hardware ({named}); no mean of seconds"
+                )
+            if any(" and " in field for k in group.hardware for field in (k.processor, k.cores, k.ranks)):
+                said.append(f"{setting}, {group.title}: a run was resumed on other hardware; its seconds mix both")
+        seeds = {group.seeds for group in members}
+        if len(seeds) > 1:
+            said.append(
+                f"{setting}: not all groups have the same seeds ({'; '.join(_seed_text(s) for s in sorted(seeds))})"
+            )
+        if dense_of(members) is None:
+            said.append(f"{setting}: no dense FedAvg, or several, so nothing to compare with")
+    versions = sorted({run.versions for group in made for run in group.runs})
+    if len(versions) > 1:
+        said.append("runs of different versions: " + "; ".join(versions))
+    return said
+
+
+def _seed_text(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))

@@ -1,0 +1,180 @@
+"""The tables of a report, as CSV and LaTeX text. Pure."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from feddip_mpi import config
+from feddip_mpi.report import summaries
+from feddip_mpi.report.runs import Hardware, Run
+from feddip_mpi.report.summaries import Group, Line, Spread
+
+SUMMARY_COLUMNS = (
+    "setting", "method", "variant", "sparsity", "seeds", "accuracy_mean", "accuracy_lowest", "accuracy_highest",
+    "accuracy_last5_mean", "accuracy_last5_lowest", "accuracy_last5_highest", "upload_bytes_mean", "upload_bytes_lowest",
+    "upload_bytes_highest", "seconds_mean", "seconds_lowest", "seconds_highest", "compared_with", "accuracy_difference",
+    "times_fewer_bytes", "time_ratio", "hardware", "versions", "runs",
+)  # fmt: skip
+_ROUND_NAMES = (
+    "test_accuracy", "test_loss", "train_loss", "sparsity", "penalty", "mask_grown", "mask_pruned", "pruning_error",
+    "update_norm", "residual_norm", *summaries.BYTE_KINDS, "round_seconds", *(f"{phase}_seconds" for phase in summaries.PHASES),
+    "host_memory_bytes", "device_memory_bytes",
+)  # fmt: skip
+# What LaTeX reads as a command, in an order in which no replacement is replaced again.
+_LATEX = (
+    ("\\", "\x00"), ("{", r"\{"), ("}", r"\}"), ("\x00", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("$", r"\$"),
+    ("#", r"\#"), ("_", r"\_"), ("~", r"\textasciitilde{}"), ("^", r"\textasciicircum{}"),
+)  # fmt: skip
+
+
+def summary_rows(made: Sequence[Line], letters: Mapping[Hardware, str]) -> list[dict[str, Any]]:
+    """A row a group, all numbers at full length; None where there is none."""
+    rows = []
+    for line in made:
+        group = line.group
+        rows.append(
+            {
+                "setting": group.setting,
+                "method": group.method,
+                "variant": group.variant,
+                "sparsity": group.sparsity,
+                "seeds": " ".join(map(str, group.seeds)),
+                **_spread("accuracy", line.accuracy),
+                **_spread("accuracy_last5", line.last5),
+                **_spread("upload_bytes", line.upload_bytes),
+                **_spread("seconds", line.seconds),
+                "compared_with": line.against.title if line.against else None,
+                "accuracy_difference": line.accuracy_difference,
+                "times_fewer_bytes": line.times_fewer_bytes,
+                "time_ratio": line.time_ratio,
+                "hardware": " ".join(letters[kind] for kind in group.hardware),
+                "versions": " | ".join(sorted({run.versions for run in group.runs})),
+                "runs": " ".join(run.name for run in group.runs),
+            }
+        )
+    return rows
+
+
+def _spread(name: str, value: Spread | None) -> dict[str, float | None]:
+    parts = (None, None, None) if value is None else (value.mean, value.low, value.high)
+    return dict(zip((f"{name}_mean", f"{name}_lowest", f"{name}_highest"), parts, strict=True))
+
+
+def run_rows(runs: Sequence[Run], letters: Mapping[Hardware, str]) -> list[dict[str, Any]]:
+    """A row a run: its folder, its result, all of its configuration."""
+    names = (
+        "test_accuracy",
+        "test_accuracy_mean_of_last_5",
+        "sparsity",
+        "upload_bytes",
+        "seconds",
+        "peak_host_memory_bytes",
+    )
+    return [
+        {
+            "run": str(run.path),
+            "label": run.label,
+            "setting": summaries.setting_of(run.config),
+            **{f"final_{name}": run.summary.get(name) for name in names},
+            "hardware": letters[run.hardware],
+            "hardware_name": str(run.hardware),
+            "versions": run.versions,
+            **config.flat(run.config),
+        }
+        for run in runs
+    ]
+
+
+def round_rows(made: Sequence[Group]) -> list[dict[str, Any]]:
+    """A row for each group, round and name: mean, lowest and highest of the seeds."""
+    rows = []
+    for group in made:
+        for name in _ROUND_NAMES:
+            for number, mean, low, high in summaries.by_round(group, name):
+                place = {
+                    "setting": group.setting,
+                    "method": group.label,
+                    "sparsity": group.sparsity,
+                    "round": int(number),
+                }
+                rows.append(place | {"name": name, "mean": mean, "lowest": low, "highest": high})
+    return rows
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as CSV with a header; None is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["empty"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
+    """The summary of one setting as a table for booktabs."""
+    group = made[0].group
+    kinds = sorted({kind for line in made for kind in line.group.hardware})
+    versions = sorted({run.versions for line in made for run in line.group.runs})
+    caption = (
+        f"{group.setting}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round. "
+        + "Hardware: " + "; ".join(f"{letters[kind]}: {kind}" for kind in kinds) + ". "
+        + ("Seconds of different letters are not comparable. " if len(kinds) > 1 else "")
+        + "Versions: " + "; ".join(versions) + "."
+    )  # fmt: skip
+    header = ("method", "sparsity", "seeds", "accuracy", "to dense", "uploaded", "fewer", "seconds", "hardware")
+    body = [" & ".join(escape(cell) for cell in _latex_cells(line, letters)) + r" \\" for line in made]
+    lines = [
+        "% Needs \\usepackage{booktabs}.", r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}",
+        r"\begin{tabular}{llllrrrrl}", r"\toprule", " & ".join(header) + r" \\", r"\midrule", *body, r"\bottomrule",
+        r"\end{tabular}", r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _latex_cells(line: Line, letters: Mapping[Hardware, str]) -> list[str]:
+    cells = display_cells(line, letters)
+    return [
+        cells[name]
+        for name in ("method", "sparsity", "seeds", "accuracy", "difference", "bytes", "fewer", "seconds", "hardware")
+    ]
+
+
+def display_cells(line: Line, letters: Mapping[Hardware, str]) -> dict[str, str]:
+    """A row of the summary as text, for the page and for LaTeX."""
+    from feddip_mpi.report import terminal
+
+    group, seconds, itself = line.group, line.seconds, line.against is line.group
+    return {
+        "method": group.label,
+        "sparsity": f"{group.sparsity:.4g}" if group.prunes else "dense",
+        "seeds": ", ".join(map(str, group.seeds)),
+        "accuracy": spread_text(line.accuracy, 4),
+        "last5": spread_text(line.last5, 4),
+        "difference": "-" if itself else _signed(line.accuracy_difference),
+        "bytes": terminal.size(line.upload_bytes.mean),
+        "fewer": "-" if itself or line.times_fewer_bytes is None else f"{line.times_fewer_bytes:.3g}",
+        "seconds": "mixed hardware" if seconds is None else spread_text(seconds, 1),
+        "time_ratio": "-" if itself or line.time_ratio is None else f"{line.time_ratio:.2f}",
+        "hardware": ", ".join(letters[kind] for kind in group.hardware),
+    }
+
+
+def spread_text(value: Spread, digits: int) -> str:
+    """`mean (lowest to highest)`; of a single seed the value alone."""
+    if value.count == 1:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+
+
+def _signed(difference: float | None) -> str:
+    return "-" if difference is None else f"{100 * difference:+.2f}"
+
+
+def escape(text: str) -> str:
+    """Text for LaTeX."""
+    for character, command in _LATEX:
+        text = text.replace(character, command)
+    return text

@@ -1,0 +1,184 @@
+"""Runs the cells of a sweep as commands of their own, a few at once; one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from feddip_mpi import config, hdf5
+from feddip_mpi.errors import Stopped
+from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.sweep import states
+from feddip_mpi.sweep.grid import Cell
+
+BESIDE = "_sweep"  # folder of the sweep's own files; no cell has such a name
+LABELS = "cells.json"
+_TRIES_SECONDS = 0.1
+
+
+class Process(Protocol):
+    """What the runner needs of a `subprocess.Popen`."""
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: "finished", "failed", "stopped" (saved; is resumed next time) or "busy" (another job has it)."""
+
+    name: str
+    kind: str
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass
+class Stop:
+    """Set by a signal: no cell is started any more, those at work save and end."""
+
+    requested: bool = False
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: setattr(self, "requested", True))
+
+
+@dataclass
+class _Job:
+    cell: Cell
+    process: Process
+    started: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.time() - 0.01)  # clocks of file systems are coarse
+    told: bool = False
+
+
+class Commands:
+    """Starts cells as `feddip-mpi train` or `resume` in processes of their own."""
+
+    def __init__(self, out: Path, launcher: Sequence[str] = ()) -> None:
+        """`launcher` stands before every command, for example ("mpirun", "-n", "4")."""
+        self._out, self.launcher = out, tuple(launcher)
+
+    def log_of(self, name: str) -> Path:
+        """What a cell's command says; beside the run folder, which has to be empty at first."""
+        return self._out / BESIDE / f"{name}.log"
+
+    def start(self, cell: Cell) -> subprocess.Popen[bytes]:
+        """Begin or go on."""
+        folder = RunFolder(self._out / cell.name)
+        words = ["resume", str(folder.path)] if folder.config.exists() else (
+            ["train", str(write_config(cell, self._out)), "--out", str(folder.path)])  # fmt: skip
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "FEDDIP_PROGRESS": "plain"}
+        self.log_of(cell.name).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log_of(cell.name), "ab") as log:
+            # A session of its own: Ctrl-C reaches the sweep alone, which passes it on as a signal that all launchers pass on.
+            return subprocess.Popen(
+                [*self.launcher, sys.executable, "-m", "feddip_mpi", *words],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    def error_of(self, cell: Cell) -> str:
+        """The line of a cell's log that says what went wrong."""
+        try:
+            lines = self.log_of(cell.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return ""
+        said = [line.strip() for line in lines if line.strip()]
+        complaints = [line for line in said if line.startswith("error:")]
+        return (complaints or said or [""])[-1]
+
+    def can_save(self, cell: Cell, since: float) -> bool:
+        """Whether a cell begun at `since` (Unix time) saves on a signal: while it still imports, it would be killed."""
+        try:
+            return RunFolder(self._out / cell.name).metrics.stat().st_mtime >= since
+        except OSError:
+            return False
+
+
+def write_config(cell: Cell, out: Path) -> Path:
+    """The cell's configuration as a file beside the run folders."""
+    path = out / BESIDE / f"{cell.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hdf5.write_text(path, config.to_yaml(cell.config))
+    return path
+
+
+def write_labels(cells: Sequence[Cell], out: Path) -> None:
+    """What the grid calls its cells, for the report; beside the run folders, which know nothing of it."""
+    path = out / BESIDE / LABELS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hdf5.write_text(path, json.dumps({cell.name: dict(cell.labels) for cell in cells}, indent=1) + "\n")
+
+
+def run(
+    cells: Sequence[Cell],
+    out: Path,
+    commands: Commands,
+    jobs: int,
+    say: Callable[[str], None],
+    stop: Stop,
+) -> list[Outcome]:
+    """Run the cells that are not finished, at most `jobs` at once, in their order.
+
+    Returns:
+        An outcome for each cell that was started or found busy.
+
+    Raises:
+        Stopped: by a signal, when all cells at work have saved and ended.
+    """
+    waiting, at_work, outcomes = list(cells), list[_Job](), list[Outcome]()
+    count = len(waiting)
+    while waiting or at_work:
+        while waiting and len(at_work) < jobs and not stop.requested:
+            cell = waiting.pop(0)
+            state = states.look(cell, out)  # another sweep may have been here since
+            if state.kind == states.FINISHED:
+                continue
+            if state.kind in (states.BUSY, states.REFUSED):
+                outcomes.append(
+                    Outcome(cell.name, "busy" if state.kind == states.BUSY else "failed", 0.0, state.remark)
+                )
+                say(f"{cell.name}: {state.remark}")
+                continue
+            at_work.append(_Job(cell, commands.start(cell)))
+            what = f"goes on after round {state.rounds}" if state.kind == states.UNFINISHED else "starts"
+            say(f"[{count - len(waiting)}/{count}] {cell.name}: {what}")
+        for job in list(at_work):
+            if job.process.poll() is not None:
+                at_work.remove(job)
+                outcomes.append(_outcome(job, out, commands))
+                say(_line(outcomes[-1]))
+            elif stop.requested and not job.told and commands.can_save(job.cell, job.since):
+                job.process.send_signal(signal.SIGUSR1)
+                job.told = True
+        if stop.requested and not at_work:
+            raise Stopped(f"stopped by a signal, {len(waiting)} cells not begun; the same command goes on")
+        time.sleep(_TRIES_SECONDS if at_work else 0)
+    return outcomes
+
+
+def _outcome(job: _Job, out: Path, commands: Commands) -> Outcome:
+    """By the run folder, not by the exit code alone: launchers do not pass it on faithfully (docs/sharp-bits.md)."""
+    seconds = time.monotonic() - job.started
+    if RunFolder(out / job.cell.name).finished.exists():
+        return Outcome(job.cell.name, "finished", seconds)
+    code = job.process.poll()
+    if code == Stopped.exit_code:
+        return Outcome(job.cell.name, "stopped", seconds)
+    error = commands.error_of(job.cell) or "no message"
+    return Outcome(job.cell.name, "failed", seconds, f"exit code {code}: {error}")
+
+
+def _line(outcome: Outcome) -> str:
+    tail = f": {outcome.error}" if outcome.error else ""
+    return f"{outcome.name}: {outcome.kind} after {outcome.seconds:.0f} s{tail}"

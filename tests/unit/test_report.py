@@ -1,0 +1,315 @@
+"""The report: which folders count and why not, numbers over seeds, tables, and a page that is whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import made_runs
+import numpy as np
+import pytest
+
+from feddip_mpi.errors import InputError
+from feddip_mpi.report import figures, page, runs, summaries, tables
+from feddip_mpi.report.summaries import Group, Spread
+from feddip_mpi.run_folder import Lock, RunFolder
+
+
+def groups_of(folder: Path) -> list[Group]:
+    return summaries.groups(runs.find([folder]).runs)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_runs.study(tmp_path_factory.mktemp("study") / "runs")
+
+
+# which folders count
+
+
+def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "good")
+    made_runs.make(tmp_path / "deeper" / "good too", seed=2)
+    made_runs.make(tmp_path / "twin")
+    made_runs.make(tmp_path / "stopped", finished=False)
+    at_work = RunFolder(made_runs.make(tmp_path / "at work", finished=False))
+    short = made_runs.make(tmp_path / "short") / "metrics.jsonl"
+    short.write_text("".join(short.read_text().splitlines(True)[:2]))
+    torn = made_runs.make(tmp_path / "torn") / "metrics.jsonl"
+    torn.write_text(torn.read_text().replace('"round": 2', '"round" 2'))
+    (made_runs.make(tmp_path / "no summary") / "finished.json").write_text('{"rounds"')
+    (made_runs.make(tmp_path / "newer") / "config.yaml").write_text("gamma_rays: 3\n")
+    (made_runs.make(tmp_path / "no config") / "config.yaml").unlink()
+    old = made_runs.make(tmp_path / "old") / "metrics.jsonl"
+    old.write_text(old.read_text().replace('"update_norm"', '"norm"'))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    (tmp_path / "_sweep").mkdir()
+    lock = Lock(at_work)
+    found = runs.find([tmp_path, tmp_path / "good"])
+    lock.release()
+    assert [run.name for run in found.runs] == ["good too", "good"]
+    reasons = {item.path.name: item.reason for item in found.left_out}
+    expected = {
+        "twin": "the same configuration and seed as",
+        "stopped": "unfinished: 3 of 3 rounds (`feddip-mpi resume` goes on)",
+        "at work": "unfinished: 3 of 3 rounds (at work: process",
+        "short": "damaged: metrics.jsonl has 2 rounds, finished.json says 3",
+        "torn": "damaged: metrics.jsonl cannot be read",
+        "no summary": "damaged: finished.json cannot be read",
+        "newer": "gamma_rays: unknown key",
+        "no config": "damaged: it has no config.yaml",
+        "old": "metrics.jsonl lacks update_norm",
+        "foreign": "no run folder",
+    }
+    assert reasons.keys() == expected.keys()
+    assert all(text in reasons[name] for name, text in expected.items()), reasons
+
+
+def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "runs" / "stopped", finished=False)
+    with pytest.raises(InputError, match=r"no finished run in (.|\n)*stopped: unfinished: 3 of 3") as caught:
+        page.report([str(tmp_path / "runs")], str(tmp_path / "out"))
+    assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="no such folder"):
+        runs.find([tmp_path / "missing"])
+
+
+def test_hardware_of_all_starts_counts(tmp_path: Path) -> None:
+    folder = made_runs.make(tmp_path / "run")
+    (folder / "run.log").write_text("start: x; {'host': 'a', 'processor': 'CPU Y', 'cores': 8}\nresume\n")
+    hardware = runs.load(folder).hardware
+    assert (hardware.processor, hardware.cores) == ("CPU X and CPU Y", "2 and 8")
+    (group,) = groups_of(tmp_path)
+    assert any("resumed on other hardware" in text for text in summaries.warnings([group], {hardware: "A"}))
+
+
+# numbers over seeds
+
+
+def test_groups_and_spreads(study: Path) -> None:
+    made = groups_of(study)
+    assert [(group.title, group.seeds) for group in made] == [
+        ("fedavg dense", (1, 2)), ("feddip 0.9", (1, 2)), ("feddip 0.95", (1, 2)),
+    ]  # fmt: skip
+    assert {group.setting for group in made} == {
+        "lenet5 on synthetic, iid, 3 rounds, 2 of 4 clients a round, 5 local epochs"
+    }
+    dense, mild, hard = summaries.lines(made)
+    assert dense.accuracy == Spread(pytest.approx(0.82), pytest.approx(0.80), pytest.approx(0.84), 2)
+    assert mild.against is made[0]
+    assert mild.accuracy_difference == pytest.approx(0.71 - 0.82)
+    assert hard.accuracy.high == pytest.approx(0.62) and hard.last5.mean == pytest.approx(0.51)
+    assert mild.times_fewer_bytes == pytest.approx(10) and mild.time_ratio == pytest.approx(2 / 3)
+    assert mild.seconds == Spread(6.0, 6.0, 6.0, 2)
+
+
+def test_by_round_takes_the_rounds_that_all_seeds_have(tmp_path: Path) -> None:
+    for seed, accuracy in ((1, 0.5), (2, 0.7)):
+        made_runs.make(tmp_path / f"s{seed}", seed, accuracy)
+    path = tmp_path / "s2" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["test_accuracy"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (group,) = groups_of(tmp_path)
+    np.testing.assert_allclose(
+        summaries.by_round(group, "test_accuracy"), [[1, 0.4, 0.3, 0.5], [3, 0.6, 0.5, 0.7]], atol=1e-12
+    )
+    assert summaries.by_round(group, "device_memory_bytes").shape == (3, 4)
+    assert summaries.by_round(group, "no such name").shape == (0, 4)
+    assert list(summaries.layers(group)) == list(made_runs.LAYERS)
+
+
+def test_totals_phases_clients(study: Path) -> None:
+    mild = groups_of(study)[1]
+    assert summaries.totals(mild, ["upload_values_bytes", "upload_frame_bytes"]) == {
+        "upload_values_bytes": 240.0, "upload_frame_bytes": 60.0,
+    }  # fmt: skip
+    phases = summaries.phase_seconds(mild)
+    assert phases["train"] == 1.0 and phases["evaluate"] == 0.5
+    assert (
+        phases["encode"] == pytest.approx(0.1) and phases["other"] == 0.0
+    )  # 1.5 s and six phases of 0.1 s pass the 2 s
+    slow = summaries.phase_seconds(groups_of(study)[0])  # 3 s, of which 1.5 + 0.75 + 0.6 are in phases
+    assert slow["other"] == pytest.approx(0.15) and sum(slow.values()) == pytest.approx(3.0)
+    np.testing.assert_array_equal(summaries.client_accuracy(mild), [0.1, 0.1, 0.5, 0.5, 0.9, 0.9])
+    assert summaries.peak(mild, "host_memory_bytes").mean == 10**8 + 3
+
+
+def test_seeds_on_unlike_hardware_have_no_mean_of_seconds(tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "a", 1)
+    made_runs.make(tmp_path / "b", 2, processor="CPU Y", seconds=9.0)
+    found = runs.find([tmp_path])
+    (group,) = summaries.groups(found.runs)
+    letters = summaries.hardware_letters(found.runs)
+    (line,) = summaries.lines([group])
+    assert line.seconds is None and sorted(letters.values()) == ["A", "B"]
+    assert tables.display_cells(line, letters)["seconds"] == "mixed hardware"
+    assert tables.display_cells(line, letters)["hardware"] == "A, B"
+    said = summaries.warnings([group], letters)
+    assert any("its seeds ran on different hardware (A, B)" in text for text in said)
+    assert "Seconds of different letters are not comparable" in tables.to_latex([line], letters)
+
+
+def test_unlike_hardware_between_groups_gives_no_ratio_of_seconds(tmp_path: Path) -> None:
+    dense = {"method": "fedavg", "upload.values": "fp32"}
+    made_runs.make(tmp_path / "a", 1, keys=dense, sparsity=0.0, processor="CPU Y")
+    made_runs.make(tmp_path / "b", 1)
+    line = summaries.lines(groups_of(tmp_path))[1]
+    assert line.times_fewer_bytes == 1 and line.time_ratio is None
+
+
+def test_variants_are_told_apart_by_what_is_not_the_default(tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "a")
+    made_runs.make(tmp_path / "b", keys={"mask.initial": "erk", "learning_rate": 0.2})
+    made_runs.make(tmp_path / "c", keys={"checkpoint.every": 7}, seed=2)  # says nothing about the experiment
+    made = groups_of(tmp_path)
+    assert [(group.label, group.seeds) for group in made] == [
+        ("feddip", (1, 2)), ("feddip (learning_rate=0.2, mask.initial=erk)", (1,)),
+    ]  # fmt: skip
+    assert any(
+        "not all groups have the same seeds" in text for text in summaries.warnings(made, {made[0].hardware[0]: "A"})
+    )
+
+
+def test_a_sweep_names_its_methods(tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "cell-1", keys={"mask.initial": "erk"})
+    (tmp_path / "_sweep").mkdir()
+    (tmp_path / "_sweep" / "cells.json").write_text('{"cell-1": {"method": "published", "partition": "iid"}}')
+    assert [group.label for group in groups_of(tmp_path)] == ["published"]
+
+
+# tables
+
+
+def test_csv_holds_every_number(study: Path) -> None:
+    made = groups_of(study)
+    letters = summaries.hardware_letters([run for group in made for run in group.runs])
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(tables.summary_rows(summaries.lines(made), letters)))))
+    assert tuple(rows[0]) == tables.SUMMARY_COLUMNS
+    assert [row["seeds"] for row in rows] == ["1 2"] * 3 and rows[0]["compared_with"] == "fedavg dense"
+    assert float(rows[1]["accuracy_lowest"]) == pytest.approx(0.7) and rows[1]["runs"] == "feddip-0.9-1 feddip-0.9-2"
+    each = list(csv.DictReader(io.StringIO(tables.to_csv(tables.run_rows(made[1].runs, letters)))))
+    assert each[0]["sparsity.final"] == "0.9" and each[1]["seed"] == "2" and each[0]["hardware"] == "A"
+    by_round = tables.round_rows(made)
+    assert {"round": 3, "name": "mask_grown", "mean": 0.0}.items() <= next(
+        row for row in by_round if row["name"] == "mask_grown" and row["round"] == 3
+    ).items()
+
+
+def test_latex_is_escaped() -> None:
+    assert tables.escape(r"a_b 5% {x} \y $z$ #1 & ~^") == (
+        r"a\_b 5\% \{x\} \textbackslash{}y \$z\$ \#1 \& \textasciitilde{}\textasciicircum{}"
+    )
+
+
+def test_spread_text() -> None:
+    assert tables.spread_text(Spread(0.5, 0.25, 0.75, 2), 2) == "0.50 (0.25 to 0.75)"
+    assert tables.spread_text(Spread(0.5, 0.5, 0.5, 1), 3) == "0.500"
+
+
+# the page
+
+
+class Page(HTMLParser):
+    """What the test wants to know of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tables: list[set[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        if tag == "table":
+            self.tables.append(set())
+        if tag in ("caption", "thead", "th", "tbody"):
+            self.tables[-1].add(tag + (f" {known['scope']}" if "scope" in known else ""))
+        self.images += [known] if tag == "img" else []
+        self.addresses += [str(known[name]) for name in ("src", "href") if known.get(name)]
+        self.ids += [str(known["id"])] if "id" in known else []
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def written(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib")
+    made_runs.make(study / "<b>not & done</b>", finished=False)
+    out = tmp_path_factory.mktemp("report") / "out"
+    page.report([str(study)], str(out))
+    return out
+
+
+def test_page_is_whole_and_alone(written: Path) -> None:
+    text = (written / page.PAGE).read_text()
+    parsed = Page(text)
+    assert not parsed.open
+    assert all(address.startswith(("data:", "#")) for address in parsed.addresses)
+    assert "url(" not in text and "@import" not in text and "<script" not in text
+    assert {address[1:] for address in parsed.addresses if address.startswith("#")} <= set(parsed.ids)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert all({"caption", "thead", "tbody", "th col", "th row"} <= parts for parts in parsed.tables)
+    assert all(len(str(image["alt"])) > 40 for image in parsed.images)
+    titles = " ".join(re.findall(r"<strong>(.*?)</strong>: ", text))
+    for wanted in (
+        "Accuracy against sparsity", "Accuracy against bytes", "Accuracy against seconds", "Accuracy by round, sparsity 0.9",
+        "Sparsity by layer, sparsity 0.95", "Mask churn", "Penalty", "Pruning error and update norm", "Bytes by kind and phase",
+        "Accuracy by client", "Time by phase", "Peak memory",
+    ):  # fmt: skip
+        assert wanted in titles
+    assert "&lt;b&gt;not &amp; done&lt;/b&gt;" in text and "unfinished: 3 of 3 rounds" in text
+    assert "feddip_mpi 1.0, torch 2.0, Some MPI v1" in text and "CPU X, 2 cores, CPU, ranks: 1" in text
+    assert text.count("feddip-0.95-2 (seed 2)") >= 8  # each figure names its runs
+
+
+def test_files_beside_the_page(written: Path) -> None:
+    pictures = sorted((written / "figures").glob("*.png"))
+    assert len(pictures) == len(list((written / "figures").glob("*.pdf"))) >= 16
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
+    assert {path.name for path in (written / "tables").iterdir()} == {
+        "summary.csv", "summary.tex", "runs.csv", "rounds.csv", "left-out.csv",
+    }  # fmt: skip
+    text = (written / "tables" / "summary.tex").read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
+    assert r"0.7100 (0.7000 to 0.7200) & -11.00" in text
+
+
+def test_unlike_hardware_is_told_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figures, "of_setting", lambda *_: iter(()))
+    made_runs.make(tmp_path / "runs" / "a", 1, keys={"sparsity.final": 0.95}, sparsity=0.95, processor="CPU Y")
+    made_runs.make(tmp_path / "runs" / "b", 1)
+    page.report([str(tmp_path / "runs")], str(tmp_path / "out"))
+    text = (tmp_path / "out" / page.PAGE).read_text()
+    assert "Different hardware: seconds of different letters are not comparable" in text
+    assert "ran on different hardware (A, B)" in text and "ran on different hardware (A, B)" in capsys.readouterr().err
+    assert "There is no single dense FedAvg to compare with" in text
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(
+    written: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "of_setting", lambda *_: iter(()))  # drawing takes seconds
+    old = written / "figures" / "99-old.png"
+    old.write_bytes(b"")
+    page.report([str(study / "feddip-0.9-1")], str(written))
+    assert not old.exists() and "1 run compared" in (written / page.PAGE).read_text()
+    assert not (written / "tables" / "left-out.csv").exists()
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="holds files that are no report"):
+        page.report([str(study)], str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

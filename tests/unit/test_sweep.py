@@ -1,0 +1,327 @@
+"""Sweeps: from a grid to cells, what is done of them, the estimate, who is started; with a runner that trains nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from feddip_mpi import config
+from feddip_mpi.errors import InputError, Stopped
+from feddip_mpi.run_folder import Lock, RunFolder
+from feddip_mpi.sweep import command, estimate, grid, runner, slurm, states
+from feddip_mpi.sweep.grid import Cell
+from feddip_mpi.sweep.states import State
+
+ROOT = Path(__file__).parents[2]
+TINY = {"data": {"name": "synthetic"}, "rounds": 2, "clients": 4, "participants": 2}
+
+
+def cells(text: str, base: str = "") -> list[Cell]:
+    return grid.cells(config.read_mapping(f"base: {json.dumps(TINY)}\n{base}\n{text}", "grid.yaml"), "grid.yaml", ROOT)
+
+
+def names(text: str) -> list[str]:
+    return [cell.name for cell in cells(text)]
+
+
+METHODS = """
+grid:
+  method:
+    fedavg: {method: fedavg, sparsity: {initial: 0, final: 0}}
+    feddip: {method: feddip}
+  sparsity.final: [0.9, 0.95]
+  seed: [1, 2]
+"""
+
+
+def test_labels_win_and_equal_cells_are_one() -> None:
+    made = cells(METHODS)
+    assert [cell.name for cell in made] == [
+        "fedavg_seed-1", "fedavg_seed-2", "feddip_sparsity-0.9_seed-1", "feddip_sparsity-0.9_seed-2",
+        "feddip_sparsity-0.95_seed-1", "feddip_sparsity-0.95_seed-2",
+    ]  # fmt: skip
+    assert [(c.config.method, c.config.sparsity.final, c.config.seed) for c in made] == [
+        ("fedavg", 0, 1), ("fedavg", 0, 2), ("feddip", 0.9, 1), ("feddip", 0.9, 2), ("feddip", 0.95, 1), ("feddip", 0.95, 2),
+    ]  # fmt: skip
+    assert all(cell.config.rounds == 2 for cell in made)
+
+
+def test_exclude_and_also() -> None:
+    text = (
+        METHODS + "exclude: [{method: feddip, sparsity.final: 0.9, seed: [2]}]\nalso: [{method: feddip, seed: [7, 8]}]"
+    )
+    assert names(text)[2:] == [
+        "feddip_sparsity-0.9_seed-1", "feddip_sparsity-0.95_seed-1", "feddip_sparsity-0.95_seed-2", "feddip_seed-7",
+        "feddip_seed-8",
+    ]  # fmt: skip
+
+
+def test_names_never_collide() -> None:
+    text = 'grid: {partition: {"a/b": {data.alpha: 0.1}, "a?b": {data.alpha: 0.2}, "A-B": {data.alpha: 0.3}}}'
+    made = names(text)
+    assert made[0] == "a-b" and len({name.lower() for name in made}) == 3
+    assert made == names(text)  # the same names next time
+    assert all(set(name) <= set("abAB-_0123456789cdef") for name in made)
+
+
+def test_keys_with_equal_endings_are_told_apart() -> None:
+    made = names("grid: {checkpoint.every: [1, 2], eval.every: [1]}")
+    assert made == ["checkpoint.every-1_eval.every-1", "checkpoint.every-2_eval.every-1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "grid: {seed: [1], sparsity.final: [0.9, 1.5]}",
+            ["cell seed-1_sparsity-1.5: sparsity.final: got 1.5", "nothing"],
+        ),
+        ("grid: {seeds: [1, 2]}", ["cell seeds-1 and 1 more: seeds: unknown key; did you mean 'seed'?"]),
+        ("grid: {participants: [2, 5]}", ["cell participants-5: participants: got 5, more than clients = 4"]),
+        ("grid: {}", ["grid: got {}"]),
+        ("grid: {seed: 3}", ["grid: seed: got 3; give a list"]),
+        ("grid: {seed: [1]}\nexclude: [{sed: 1}]", ["exclude: sed: no axis of the grid; its axes: seed"]),
+        ("grid: {seed: [1]}\nexclude: [{seed: 4}]", ["exclude: seed: got 4; the axis has 1"]),
+        ("grid: {seed: [1]}\nexclude: [{seed: 1}]", ["no cell is left"]),
+        ("gird: {seed: [1]}", ["gird: unknown key of a grid; did you mean 'grid'?"]),
+        ("grid: {a: {x: {seed: 1}}, b: {y: {seed: 2}}}", ["seed: a=x sets 1, b=y sets 2"]),
+        ("grid: {a: {x: 3}}", ["grid: a: x: got 3; give keys and values"]),
+        ("grid: {method: {m: {rounds.x: 1}}}", ["'rounds' holds the value 2, not a section"]),
+    ],
+)
+def test_mistakes_name_the_cell_and_the_key(text: str, said: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        cells(text)
+    assert caught.value.exit_code == 2
+    assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+def test_the_studys_grids_are_good() -> None:
+    files = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+    assert "fashion-mnist" in [file.stem for file in files]
+    for file in files:
+        made = grid.load(file)
+        assert len({cell.name for cell in made}) == len(made)
+    study = {cell.name: cell.config for cell in grid.load(ROOT / "configs" / "study" / "fashion-mnist.yaml")}
+    assert {c.seed for c in study.values()} == {1, 2, 3}
+    assert {c.sparsity.final for c in study.values() if c.method == "feddip"} == {0.8, 0.9, 0.95, 0.98, 0.99}
+    assert study["dirichlet-0.1_feddip_sparsity-0.98_seed-3"].data.alpha == 0.1
+    assert study["pathological-2_fedavg_seed-1"].upload.values == "fp32"
+
+
+# states
+
+
+def begun(cell: Cell, out: Path, rounds: int = 0, finished: bool = False) -> RunFolder:
+    folder = RunFolder(out / cell.name)
+    folder.create(cell.config).release()
+    row = {"train_seconds": 2.0, "evaluate_seconds": 0.5, "round_seconds": 3.0, "samples": 100, "test_accuracy": 0.5}
+    folder.metrics.write_text("".join(json.dumps({"round": r + 1, **row}) + "\n" for r in range(rounds)))
+    if finished:
+        folder.finished.write_text(json.dumps({"rounds": cell.config.rounds}))
+    return folder
+
+
+def test_states(tmp_path: Path) -> None:
+    one, two, three, four, five = cells("grid: {seed: [1, 2, 3, 4, 5]}")
+    begun(two, tmp_path, 1)
+    begun(three, tmp_path, 2, finished=True)
+    lock = Lock(begun(four, tmp_path, 1))
+    begun(five, tmp_path, 2).finished.write_text("{")
+    assert states.look(one, tmp_path) == State(states.NEW)
+    assert states.look(two, tmp_path) == State(states.UNFINISHED, 1)
+    assert states.look(three, tmp_path) == State(states.FINISHED, 2)
+    assert states.look(four, tmp_path).kind == states.BUSY and "process" in states.look(four, tmp_path).remark
+    assert "finished.json is damaged" in states.look(five, tmp_path).remark
+    lock.release()
+    assert states.look(four, tmp_path).kind == states.UNFINISHED
+    Lock(RunFolder(tmp_path / four.name)).release()  # to look takes nothing away
+
+
+def test_whoever_looks_keeps_no_job_out(tmp_path: Path) -> None:
+    """`holder` takes the lock for a moment; a job that starts just then waits that long."""
+    folder = begun(cells("grid: {seed: [1]}")[0], tmp_path)
+    with open(folder.lock_file) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        Lock(folder).release()
+    with open(folder.lock_file) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with pytest.raises(InputError, match="another job is at work"):
+            Lock(folder)
+
+
+def test_missing_data_is_found_before_the_first_cell(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(
+        "base: {rounds: 1, clients: 2, participants: 1, data: {name: npz, path: none.npz}}\ngrid: {seed: [1]}\n"
+    )
+    with pytest.raises(InputError, match=r"cell seed-1: .*none\.npz"):
+        command.sweep(str(tmp_path / "grid.yaml"), str(tmp_path / "runs"), 1, "", False, False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_changed_grid_reuses_nothing_silently(tmp_path: Path) -> None:
+    (old,) = cells("grid: {seed: [1]}")
+    begun(old, tmp_path, 2, finished=True)
+    (new,) = cells("grid: {seed: [1]}", "set: {learning_rate: 0.2, mask.every: 7}")
+    assert new.name == old.name
+    state = states.look(new, tmp_path)
+    assert state.kind == states.REFUSED
+    assert "learning_rate is 0.1 there, 0.2 in the grid; mask.every is 5 there, 7 in the grid" in state.remark
+    with pytest.raises(InputError, match="1 of 1 cells have a folder that is not theirs"):
+        states.require_none_refused([new], [state], tmp_path)
+    (same,) = cells("grid: {seed: [1]}", "set: {checkpoint.every: 3, stop_grace: 5, data.path: /elsewhere}")
+    assert states.look(same, tmp_path).kind == states.FINISHED
+
+
+def test_foreign_and_damaged_folders_are_refused(tmp_path: Path) -> None:
+    foreign, damaged = cells("grid: {seed: [1, 2]}")
+    (tmp_path / foreign.name).mkdir()
+    (tmp_path / foreign.name / "thesis.tex").write_text("mine")
+    begun(damaged, tmp_path).config.write_text("rounds: [")
+    assert "no config.yaml" in states.look(foreign, tmp_path).remark
+    assert "cannot be read" in states.look(damaged, tmp_path).remark
+
+
+# the estimate
+
+
+def test_estimate_from_cells_of_the_sweep(tmp_path: Path) -> None:
+    done, half, new = cells("grid: {seed: [1, 2, 3]}", "set: {rounds: 4, local_epochs: 5, eval.every: 2}")
+    begun(done, tmp_path, 4, finished=True)
+    begun(half, tmp_path, 1)
+    made = [done, half, new]
+    found = [states.look(cell, tmp_path) for cell in made]
+    paces = estimate.known_paces(made, found, tmp_path)
+    result = estimate.estimate(made, found, tmp_path, paces, lambda c: 40, lambda c: (1, 1))
+    # A round: 40 images / 4 clients x 2 participants x 5 epochs = 100 samples of 0.02 s, and 3 - 2 - 0.5 s besides.
+    left = (3 * 2.5 + 2 * 0.5) + (4 * 2.5 + 2 * 0.5)
+    assert result.seconds == pytest.approx(left)
+    assert result.sources == ("lenet5 on synthetic: rounds of 2 cells of this sweep",)
+    size = estimate.folder_bytes(tmp_path / done.name)
+    assert result.bytes == size - estimate.folder_bytes(tmp_path / half.name) + size
+    assert result.bytes_are == "as finished cells"
+
+
+def test_estimate_without_a_round_says_so(tmp_path: Path) -> None:
+    (cell,) = cells("grid: {seed: [1]}")
+    result = estimate.estimate([cell], [State(states.NEW)], tmp_path, {}, lambda c: 40, lambda c: (10, 8))
+    assert result.seconds is None and result.bytes_are == "at most"
+    # 2 rounds, so 2 checkpoints: 10 float32, 8 bits, 4 residuals; and the metrics.
+    assert result.bytes == 2 * (40 + 1 + 160) + 8000
+
+
+# running
+
+
+class Fake(runner.Commands):
+    """Cells that end as told, after so many polls, and train nothing."""
+
+    def __init__(self, out: Path, codes: dict[str, int], patience: int = 1) -> None:
+        super().__init__(out)
+        self.folder, self.codes, self.patience = out, codes, patience
+        self.order: list[str] = []
+        self.running: set[str] = set()
+        self.most = 0
+
+    def start(self, cell: Cell) -> FakeProcess:  # type: ignore[override]
+        self.order.append(cell.name)
+        self.running.add(cell.name)
+        self.most = max(self.most, len(self.running))
+        return FakeProcess(self, cell)
+
+    def error_of(self, cell: Cell) -> str:
+        return "error: learning_rate: too bold"
+
+
+class FakeProcess:
+    def __init__(self, made: Fake, cell: Cell) -> None:
+        self.made, self.cell, self.left = made, cell, made.patience
+        if not (made.folder / cell.name).exists():
+            begun(cell, made.folder, 1)
+
+    def poll(self) -> int | None:
+        self.left -= 1
+        if self.left >= 0:
+            return None
+        self.made.running.discard(self.cell.name)
+        code = self.made.codes.get(self.cell.name, 0)
+        if code == 0:
+            RunFolder(self.made.folder / self.cell.name).finished.write_text(json.dumps({"rounds": 2}))
+        return code
+
+    def send_signal(self, sig: int) -> None:
+        self.made.codes[self.cell.name] = 75
+        self.left = 0
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_TRIES_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_failed_cell_does_not_stop_the_rest(tmp_path: Path, jobs: int) -> None:
+    made = cells("grid: {seed: [1, 2, 3, 4]}")
+    fake = Fake(tmp_path, {"seed-2": 4}, patience=5)
+    outcomes = runner.run(made, tmp_path, fake, jobs, lambda text: None, runner.Stop())
+    assert fake.order == ["seed-1", "seed-2", "seed-3", "seed-4"] and fake.most == jobs
+    kinds = {outcome.name: outcome.kind for outcome in outcomes}
+    assert kinds == {"seed-1": "finished", "seed-2": "failed", "seed-3": "finished", "seed-4": "finished"}
+    assert [o.error for o in outcomes if o.error] == ["exit code 4: error: learning_rate: too bold"]
+
+
+def test_what_another_job_finished_meanwhile_is_skipped(tmp_path: Path) -> None:
+    made = cells("grid: {seed: [1, 2, 3]}")
+    begun(made[0], tmp_path, 2, finished=True)
+    lock = Lock(begun(made[1], tmp_path, 1))
+    fake = Fake(tmp_path, {})
+    outcomes = runner.run(made, tmp_path, fake, 1, lambda text: None, runner.Stop())
+    assert fake.order == ["seed-3"]
+    assert [(o.name, o.kind) for o in outcomes] == [("seed-2", "busy"), ("seed-3", "finished")]
+    lock.release()
+
+
+def test_a_signal_saves_what_is_at_work_and_begins_nothing(tmp_path: Path) -> None:
+    made = cells("grid: {seed: [1, 2, 3]}")
+    stop, fake, said = runner.Stop(), Fake(tmp_path, {}, patience=10**9), []
+
+    def say(text: str) -> None:
+        said.append(text)
+        stop.requested = len(fake.order) == 2
+
+    with pytest.raises(Stopped, match="1 cells not begun"):
+        runner.run(made, tmp_path, fake, 2, say, stop)
+    assert fake.order == ["seed-1", "seed-2"]
+    assert sum("stopped after" in line for line in said) == 2
+
+
+def test_the_batch_script_is_sound(tmp_path: Path) -> None:
+    made = cells("grid: {seed: [1, 2]}")
+    out = tmp_path / "my runs"
+    out.mkdir()
+    script = slurm.write(made, out)
+    text = script.read_text()
+    assert "#SBATCH --array=0-1\n" in text and not re.findall(r"@[A-Z]+@", text)
+    assert config.load(out / "_sweep" / "seed-2.yaml") == made[1].config
+    # With a job library that only says what it was asked to run.
+    (tmp_path / "lib.sh").write_text(
+        'prepare_environment() { :; }\nrun_job() { echo "$RUN|$CONFIG"; }\ndie() { exit "$1"; }\n'
+    )
+    for index, code in ((1, 0), (2, 2)):
+        done = subprocess.run(
+            ["bash", str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=20,
+            env={"PATH": "/usr/bin:/bin", "JOBS": str(tmp_path), "SLURM_ARRAY_TASK_ID": str(index)},
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert done.stdout == (f"{out}/seed-2|{out}/_sweep/seed-2.yaml\n" if code == 0 else "")
+    if shutil.which("shellcheck"):
+        checked = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, timeout=60)
+        assert checked.returncode == 0, checked.stdout

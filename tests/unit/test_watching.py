@@ -1,0 +1,100 @@
+"""What `watch` shows of a run folder: running, stopped, half-written, replaced while it is read."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import made_runs
+import pytest
+
+from feddip_mpi import metrics
+from feddip_mpi.errors import InputError
+from feddip_mpi.report import watching
+from feddip_mpi.run_folder import Lock, RunFolder
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> RunFolder:
+    return RunFolder(made_runs.make(tmp_path / "run", finished=False))
+
+
+def shown(folder: RunFolder) -> dict[str, str]:
+    return dict(watching.rows(watching.look(folder)))
+
+
+def test_the_numbers_of_a_run_at_work(running: RunFolder) -> None:
+    running.path.joinpath("run.log").write_text("one\n\ntwo\n")
+    lines = running.metrics.read_text().splitlines(True)
+    running.metrics.write_text("".join(lines[:2]))
+    lock = Lock(running)
+    found = shown(running)
+    lock.release()
+    assert found["state"].startswith("at work: process")
+    assert found["round"] == "2 of 3 (67 %)"
+    assert found["accuracy"] == "0.4000 in round 2, best 0.4000 in round 2"
+    assert found["uploaded"] == "200 B, dense 2.0 kB (10.0 times)"
+    assert found["seconds"].startswith("2.00 for the last round: train 1.00, encode 0.10")
+    assert found["time left"].startswith("0:00:02")
+    assert watching.look(running).log == ("one", "two")
+    assert "nobody is at work" in shown(running)["state"]
+
+
+def test_before_the_first_round(running: RunFolder) -> None:
+    running.metrics.unlink()
+    found = shown(running)
+    assert found["round"] == "0 of 3 (0 %)" and "accuracy" not in found and "time left" not in found
+
+
+@pytest.mark.parametrize("cut", [1, 7, 200])
+def test_half_a_line_is_no_round(running: RunFolder, cut: int) -> None:
+    whole = running.metrics.read_bytes()
+    running.metrics.write_bytes(whole[:-cut])
+    assert len(watching.look(running).records) == 2
+    running.metrics.write_bytes(whole + b'{"round": 4, "\xff\n[1, 2]\n')
+    assert [row["round"] for row in watching.look(running).records] == [1, 2, 3]
+
+
+def test_finished(tmp_path: Path) -> None:
+    found = shown(RunFolder(made_runs.make(tmp_path / "run")))
+    assert found["state"] == "finished" and "time left" not in found and "last written" not in found
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run folder"):
+        watching.watch(str(tmp_path), once=True)
+
+
+def test_lines_follow_the_run_to_its_end(
+    running: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is written while it is watched, goes back to a checkpoint once, and finishes."""
+    monkeypatch.setattr(watching, "_SECONDS", 0.02)
+    monkeypatch.setenv("FEDDIP_PROGRESS", "plain")
+    rows = [json.loads(line) for line in running.metrics.read_text().splitlines()]
+
+    def play() -> None:
+        for written in ([0], [0, 1], [0], [0, 1], [0, 1, 2]):
+            text = "".join(metrics.to_line(rows[place]) + "\n" for place in written)
+            (running.path / "new").write_text(text)
+            (running.path / "new").replace(running.metrics)
+            time.sleep(0.3)
+        running.finished.write_text("{}")
+
+    running.metrics.unlink()
+    player = threading.Thread(target=play)
+    player.start()
+    watching.watch(str(running.path), once=False)
+    player.join()
+    said = capsys.readouterr().out.splitlines()
+    rounds = [line.split()[1] for line in said if line.startswith("round")]
+    assert rounds == ["1/3", "2/3", "2/3", "3/3"]
+    assert said[-1] == "finished"
+
+
+def test_the_live_view_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("FEDDIP_PROGRESS", "rich")
+    watching.watch(str(made_runs.make(tmp_path / "run")), once=False)
+    assert "3 of 3" in capsys.readouterr().out
