@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +114,7 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
     total, dense = plan[-1]["total_bytes"], sum(row["dense_bytes"] for row in plan)
     updates = [row["round"] for row in plan if row["mask_update"]]
     lines = [
-        f"{config.method} {methods.named(config.method).summary}",
+        *textwrap.wrap(f"{config.method}: {methods.named(config.method).summary}", 78),
         f"{len(updates)} mask update{'s' * (len(updates) != 1)}" + (f", the last in round {updates[-1]}" if updates else "")
         + f"; final sparsity {plan[-1]['sparsity']:.6f}",
         f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "

@@ -451,7 +451,7 @@ def test_a_header_that_lies_with_an_honest_checksum_is_refused(kind: str, messag
 
 
 @pytest.mark.parametrize(
-    "lie", [{"version": 1}, {"version": 3}, {"kind": 2}, {"kind": 255}, {"values": 5}, {"flags": 8}, {"flags": 128}]
+    "lie", [{"version": 1}, {"version": 3}, {"kind": 2}, {"kind": 255}, {"values": 6}, {"flags": 8}, {"flags": 128}]
 )
 def test_what_this_format_does_not_know_is_no_frame(lie: dict[str, int]) -> None:
     for frame in small("fp32"):

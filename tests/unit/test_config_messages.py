@@ -13,7 +13,7 @@ from feddip_mpi.errors import InputError
         ("rounds=2.5e1", "write 25$"),
         ("control.upload_bytes=1e6", "control.upload_bytes: got '1e6'; .*; write 1000000$"),
         ("data.synthetic=5", "data.synthetic: got 5; .* section .*shape, classes, train_samples, test_samples$"),
-        ("mask=erk", "mask: got 'erk'; .* section .*every, initial, freeze_after$"),
+        ("mask=erk", "mask: got 'erk'; .* section .*every, initial, rescale, freeze_after$"),
     ],
 )
 def test_the_message_says_what_to_write(override: str, message: str) -> None:

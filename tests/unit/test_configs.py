@@ -7,8 +7,8 @@ import pytest
 from feddip_mpi import config, models
 
 ROOT = Path(__file__).parents[2]
-STUDY = sorted((ROOT / "configs" / "study").glob("*.yaml"))
-FILES = [*sorted((ROOT / "configs").glob("*.yaml")), *STUDY]
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+FILES = [*sorted((ROOT / "configs").glob("*.yaml")), *METHODS]
 IMAGES = {"fashion-mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
 
 
@@ -49,9 +49,9 @@ def test_fedavg_differs_from_the_published_setting_in_the_method_alone() -> None
     assert setting("fedavg.yaml") == setting("fashion-mnist-lenet5.yaml")
 
 
-def test_the_study_differs_in_the_method_alone() -> None:
+def test_the_methods_differ_in_the_method_alone() -> None:
     """Every method once; what all share is equal, and so is what they are compared at."""
-    loaded = {file.stem: config.to_dict(config.load(file)) for file in STUDY}
+    loaded = {file.stem: config.to_dict(config.load(file)) for file in METHODS}
     assert set(loaded) == {*config.METHODS, "feddip-published"}
     for name, values in loaded.items():
         assert values["method"] == name.removesuffix("-published")

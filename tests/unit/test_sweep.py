@@ -111,6 +111,7 @@ def test_the_studys_grids_are_good() -> None:
         assert len({cell.name for cell in made}) == len(made)
     study = {cell.name: cell.config for cell in grid.load(ROOT / "configs" / "study" / "fashion-mnist.yaml")}
     assert {c.seed for c in study.values()} == {1, 2, 3}
+    assert {c.method for c in study.values()} == set(config.METHODS)
     assert {c.sparsity.final for c in study.values() if c.method == "feddip"} == {0.8, 0.9, 0.95, 0.98, 0.99}
     assert study["dirichlet-0.1_feddip_sparsity-0.98_seed-3"].data.alpha == 0.1
     assert study["pathological-2_fedavg_seed-1"].upload.values == "fp32"
