@@ -186,7 +186,7 @@ def refused_and_replaced(folder: Path, damaged: Path, good: int) -> str:
         return f"round {loaded.server.round} taken, not {good}"
     if len(refused) != 1 or str(damaged) not in refused[0] or len(refused[0]) < len(str(damaged)) + 10:
         return f"not told: {refused}"
-    return here("verify", str(folder)).problem(3, "DAMAGED", str(damaged), "1 of 3 files damaged")
+    return here("verify", str(damaged)).problem(3, "DAMAGED", str(damaged), "1 of 1 files damaged")
 
 
 class Tables:
