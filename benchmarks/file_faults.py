@@ -186,14 +186,14 @@ def refused_and_replaced(folder: Path, damaged: Path, good: int) -> str:
         return f"round {loaded.server.round} taken, not {good}"
     if len(refused) != 1 or str(damaged) not in refused[0] or len(refused[0]) < len(str(damaged)) + 10:
         return f"not told: {refused}"
-    return here("verify", str(folder)).problem(3, "DAMAGED", str(damaged), "1 of 3 files damaged")
+    return here("verify", str(damaged)).problem(3, "DAMAGED", str(damaged), "1 of 1 files damaged")
 
 
 class Tables:
     """Every fault is a method `fault_...` that yields rows."""
 
-    def __init__(self, folder: Path, kills: int, step: int) -> None:
-        self.folder, self.kills, self.step, self.random = folder, kills, step, random.Random(1)
+    def __init__(self, folder: Path, kills: int, step: int, seed: int) -> None:
+        self.folder, self.kills, self.step, self.random = folder, kills, step, random.Random(seed)
         self.small = folder / "small"
         ended = Child(*train(self.small, SMALL)).wait()
         assert ended.code == 0, ended.text
@@ -238,28 +238,39 @@ class Tables:
         self.restore()
         yield row
 
-    def fault_flipped(self) -> Iterator[Row]:
-        sections = self.sections()
+    def fault_flipped_datasets(self) -> Iterator[Row]:
         row = Row("one bit flipped in every dataset")
-        for name, (offset, size) in sections.items():
+        for name, (offset, size) in self.sections().items():
             self.alter(self.flipped(offset + self.random.randrange(size)), row, name)
+        self.restore()
         yield row
-        row = Row("one bit flipped in the seal (first 512 bytes), in every byte of its text and in its padding")
+
+    def fault_flipped_seal(self) -> Iterator[Row]:
+        row = Row("one bit flipped in the seal (first 512 bytes): in every byte of its text, in 20 of its padding")
         text = self.whole[:512].rstrip(b"\n")
         for position in [*range(len(text)), *self.random.sample(range(len(text), 512), 20)]:
             self.alter(self.flipped(position), row, f"byte {position}")
+        self.restore()
         yield row
-        row = Row("one bit flipped in every byte of the HDF5 superblock")
+
+    def fault_flipped_superblock(self) -> Iterator[Row]:
+        row = Row("one bit flipped in every byte of the HDF5 superblock (96 bytes)")
         for position in range(512, 512 + 96):
             self.alter(self.flipped(position), row, f"byte {position}")
+        self.restore()
         yield row
+
+    def fault_flipped_attributes(self) -> Iterator[Row]:
         row = Row("one bit flipped in the value of every attribute")
         for name, position in self.attributes():
             self.alter(self.flipped(position), row, name)
+        self.restore()
         yield row
+
+    def fault_flipped_elsewhere(self) -> Iterator[Row]:
         row = Row(f"one bit flipped in every {self.step}th byte that belongs to no dataset (headers, names, heaps)")
         taken = np.zeros(len(self.whole), bool)
-        for offset, size in sections.values():
+        for offset, size in self.sections().values():
             taken[offset : offset + size] = True
         for position in np.flatnonzero(~taken)[608 :: self.step]:
             self.alter(self.flipped(int(position)), row, f"byte {position}")
@@ -291,7 +302,7 @@ class Tables:
     def fault_killed(self) -> Iterator[Row]:
         """SIGKILL in the middle of writing, again and again, to one run that is resumed each time."""
         plain, run = self.folder / "plain", self.folder / "killed"
-        rounds = max(20, self.kills)
+        rounds = max(12, self.kills)
         values = {**LARGE, "rounds": rounds}
         ended = Child(*train(plain, values)).wait(300)
         assert ended.code == 0, ended.text
@@ -337,8 +348,9 @@ class Tables:
                 seen.add(path.name)
                 if len(seen) <= skip:
                     continue
-                while share < 1 and child.running() and path.exists() and path.stat().st_size < share * size:
-                    pass
+                with contextlib.suppress(FileNotFoundError):  # it has its name already
+                    while share < 1 and child.running() and path.stat().st_size < share * size:
+                        pass
                 if share >= 1:  # sealing, fsync, rename
                     time.sleep(self.random.uniform(0, 0.05))
                 child.kill()
@@ -363,7 +375,7 @@ class Tables:
         assert Child(*train(plain, LARGE)).wait().code == 0
         row = Row("disk full while a checkpoint is written (tmpfs of random size); resumed after it was made larger")
         size = self._size(plain)
-        for _ in range(20):
+        for _ in range(5):
             room = int(size * self.random.uniform(1.05, 3.6))
             with mounted(disk, room):
                 run = disk / "run"
@@ -407,14 +419,14 @@ class Tables:
             row.add("verify and inspect work", here("verify", str(disk / "run")).problem(0))
             row.add("verify and inspect work", here("inspect", str(disk / "run")).problem(0))
         yield row
-        plain, run = self.folder / "plain40", self.folder / "locked"
-        values = {**LARGE, "rounds": 40}
+        plain, run = self.folder / "plain20", self.folder / "locked"
+        values = {**LARGE, "rounds": 20}
         assert Child(*train(plain, values)).wait(120).code == 0
         row = Row("checkpoints become read-only while a run is at work; resumed when they can be written again")
-        for _ in range(5):
+        for _ in range(2):
             shutil.rmtree(run, ignore_errors=True)
             child = Child(*train(run, values))
-            stop = self.random.randrange(2, 20)
+            stop = self.random.randrange(2, 12)
             while child.running() and max(self._rounds(run), default=0) < stop:
                 time.sleep(0.002)
             inside = run / "checkpoints"
@@ -588,17 +600,41 @@ def laid_over(folder: Path, side: Path) -> Iterator[None]:
         subprocess.run(["umount", side], check=True)
 
 
+def add_to(path: Path, found: dict[str, list[dict[str, Any]]], seed: int) -> None:
+    """Write the rows; those of the same fault with other seeds are added up."""
+    faults = json.loads(path.read_text())["faults"] if path.exists() else {}
+    for name, rows in found.items():
+        old = faults.setdefault(name, {"seeds": [], "rows": []})
+        if seed in old["seeds"]:
+            old["seeds"], old["rows"] = [], []
+        old["seeds"].append(seed)
+        for row in rows:
+            same = next((known for known in old["rows"] if known["fault"] == row["fault"]), None)
+            if same is None:
+                old["rows"].append(row)
+                continue
+            same["tries"] += row["tries"]
+            same["bad"] += row["bad"]
+            same["outcomes"] = dict(Counter(same["outcomes"]) + Counter(row["outcomes"]))
+    result = {
+        "command": "python benchmarks/file_faults.py --folder SCRATCH --only FAULT --seed SEED --out THIS_FILE",
+        "hardware": {name: value for name, value in runtime.hardware().items() if name != "host"},
+        "versions": runtime.versions(),
+        "faults": faults,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=Path, required=True, help="scratch on a disk; a folder is made in it and removed"
     )
-    parser.add_argument(
-        "--only", nargs="+", help="truncated, flipped, killed, full_disk, read_only, two_jobs, clock, versions"
-    )
+    parser.add_argument("--only", nargs="+", help="faults; default: all")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--step", type=int, default=16, help="bytes between two flips where no dataset is")
-    parser.add_argument("--out", type=Path, help="JSON file of the result; rows of other faults in it are kept")
+    parser.add_argument("--seed", type=int, default=1, help="of the places and moments")
+    parser.add_argument("--step", type=int, default=64, help="bytes between two flips where no dataset is")
+    parser.add_argument("--out", type=Path, help="JSON file of the result; what is in it is kept or added to")
     given = parser.parse_args()
     folder = given.folder / "file-faults"
     shutil.rmtree(folder, ignore_errors=True)
@@ -606,7 +642,7 @@ def main() -> None:
     os.environ |= {"FEDDIP_FAULTS": str(folder), "FEDDIP_PROGRESS": "plain"}
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
-    tables, found = Tables(folder, given.kills, given.step), {}
+    tables, found = Tables(folder, given.kills, given.step, given.seed), {}
     for name in [name.removeprefix("fault_") for name in dir(tables) if name.startswith("fault_")]:
         if given.only and name not in given.only:
             continue
@@ -618,16 +654,7 @@ def main() -> None:
             print(f"  {r.fault}: {r.tries} tries, {dict(r.outcomes)}", *r.bad[:3], sep="\n    ", flush=True)
     shutil.rmtree(folder)
     if given.out:
-        old = json.loads(given.out.read_text())["faults"] if given.out.exists() else {}
-        result = {
-            "command": "python benchmarks/file_faults.py --folder SCRATCH, faults by name with --only",
-            "kills": given.kills,
-            "seed": 1,
-            "hardware": {name: value for name, value in runtime.hardware().items() if name != "host"},
-            "versions": runtime.versions(),
-            "faults": {**old, **found},
-        }
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+        add_to(given.out, found, given.seed)
     sys.exit(any(row["bad"] for rows in found.values() for row in rows))
 
 

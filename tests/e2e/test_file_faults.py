@@ -20,6 +20,6 @@ def test_runs_survive_what_happens_to_their_files(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [row for rows in json.loads(out.read_text())["faults"].values() for row in rows]
+    rows = [row for fault in json.loads(out.read_text())["faults"].values() for row in fault["rows"]]
     assert [row["tries"] for row in rows if "SIGKILL" in row["fault"]] == [5]
     assert all(row["tries"] and not row["bad"] for row in rows), rows

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import shutil
 import struct
 import typing
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -219,10 +218,9 @@ def _labels(count: int, classes: int) -> np.ndarray:
 
 def _data(empty: Path, folder: Path) -> Iterator[Case]:
     few = ["clients=3", "participants=2", "model.name=lenet5"]
-    for number, (name, path, code, words) in enumerate(
-        [*_idx_files(folder), *_cifar_files(folder), *_npz_files(folder), *_hdf5_files(folder)]
-    ):
-        del number
+    for name, path, code, words in (
+        *_idx_files(folder), *_cifar_files(folder), *_npz_files(folder), *_hdf5_files(folder)
+    ):  # fmt: skip
         argv = _train(empty, folder, *few, f"data.name={name}", f"data.path={path}")
         yield Case("data", argv, code, (str(path), *words))
 
@@ -556,13 +554,3 @@ def table(given: list[Case]) -> dict[str, int]:
     """How many there are of each kind."""
     kinds = [case.kind.split(":")[0] for case in given]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
-
-Check = Callable[[Case, int, str, str], str]
-
-if __name__ == "__main__":
-    import sys
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(table(cases(Path(scratch), Path(sys.argv[1])))))

@@ -31,7 +31,7 @@ def test_wrong_input_of_every_kind(trained: Path, tmp_path: Path) -> None:
     for ranks in (None, 2):
         own = [case for case in cases if case.needs_mpi == (ranks is not None)]
         steps = [{"argv": case.argv} for case in own]
-        for case, reports in zip(own, runs.play(steps, tmp_path / f"steps-{ranks}", ranks, seconds=120), strict=True):
+        for case, reports in zip(own, runs.play(steps, tmp_path / f"steps-{ranks}", ranks), strict=True):
             found = bad_input.problem(case, reports[0]["code"], reports[0]["out"], reports[0]["err"])
             if len({report["code"] for report in reports}) > 1 or any(report["err"] for report in reports[1:]):
                 found = found or f"the ranks differ: {reports}"
