@@ -115,6 +115,11 @@ class Method:
         """Whether the run's last model has `sparsity.final`."""
         return cls.masking != "none"
 
+    @classmethod
+    def counts_are_known(cls, config: Config) -> bool:
+        """Whether the size of every mask follows from the configuration, so that a plan tells it exactly."""
+        return True
+
     def opening(self) -> Opening | None:
         """What clients are asked before the first round."""
         if self.masking != "scheduled" or self.config.mask.initial != "snip":
