@@ -19,6 +19,7 @@ from feddip_mpi.federation import Federation
 from feddip_mpi.methods import channels, feddst, prunefl, prunetrain, sparsyfed
 from feddip_mpi.methods.base import Seen
 from feddip_mpi.models import work
+from feddip_mpi.report import terminal
 from feddip_mpi.schedules import plan_round, sparsity
 from feddip_mpi.streams import stream
 from feddip_mpi.support import Support
@@ -425,6 +426,11 @@ def test_prunetrain_counts_the_smaller_network() -> None:
     weights = dict(small.named_parameters())
     assert facts["multiplications_left"] == sum(u * weights[n].numel() for n, u in used.items())
     assert facts["channels_removed"] == sum(int((~k).sum()) for k in kept) > 0
+    ((what, numbers),) = terminal._smaller(facts)
+    assert (
+        what == "channels removed" and f"{facts['parameters_left']:,} of {facts['parameters']:,} parameters" in numbers
+    )
+    assert not terminal._smaller({})
 
 
 def test_prunetrain_refuses_networks_that_are_no_chain() -> None:
