@@ -549,9 +549,10 @@ def test_a_sparse_beginning_can_be_rescaled(method: str) -> None:
     one, other = rounds.initial_state(plain).server, rounds.initial_state(scaled).server
     assert torch.equal(one.mask, other.mask)
     sizes = list(plain.layout.prunable_sizes)
-    for before, after, kept in zip(one.weights[: sum(sizes)].split(sizes), other.weights[: sum(sizes)].split(sizes),
-                                   one.mask.split(sizes), strict=True):  # fmt: skip
-        assert torch.allclose(after, before * math.sqrt(len(kept) / int(kept.sum())))
+    for dense, before, after in zip(*(v[: sum(sizes)].split(sizes) for v in (plain.initial, one.weights, other.weights)),
+                                    strict=True):  # fmt: skip
+        assert torch.allclose(after, before * float(dense.norm() / before.norm()))
+        assert float(after.norm()) == pytest.approx(float(dense.norm()), rel=1e-5)
     assert torch.equal(one.weights[sum(sizes) :], other.weights[sum(sizes) :])
 
 
