@@ -49,7 +49,7 @@ class Snapshot:
         mean, std: normalisation per channel, in units of pixel / 255; whoever uses the model needs them.
         class_names: one per class, or none.
         memories: float32 arrays that the server keeps besides W: "reference" [P] (upload.residual: ef21) and "owed"
-            [kept weights] (download.values), where there are any.
+            [kept weights] (download.values), and those of the method, where there are any.
     """
 
     config: Config

@@ -104,7 +104,7 @@ class MaskConfig(_Section):
     )
     rescale: bool = Field(
         False,
-        description="initial weights inside a sparse first mask are multiplied by the root of size / kept of their layer",
+        description="initial weights inside a sparse first mask are scaled so that their layer keeps its norm",
     )
     freeze_after: float = Field(
         0.75, gt=0, le=1, description="share of the rounds after which the mask stays fixed (s_t reaches s_p by then)"

@@ -115,6 +115,11 @@ class Method:
         """Whether the run's last model has `sparsity.final`."""
         return cls.masking != "none"
 
+    @classmethod
+    def counts_are_known(cls, config: Config) -> bool:
+        """Whether the size of every mask follows from the configuration, so that a plan tells it exactly."""
+        return True
+
     def opening(self) -> Opening | None:
         """What clients are asked before the first round."""
         if self.masking != "scheduled" or self.config.mask.initial != "snip":
@@ -223,7 +228,8 @@ class Method:
 def rescaled(weights: Tensor, mask: Tensor, layout: Layout) -> Tensor:
     """Initial weights whose sums have the variance that the dense ones had (Evci et al. 2022, section 3).
 
-    Of `size` weights of a layer `kept` are left: these are multiplied by sqrt(size / kept).
+    The kept weights w' of a layer are multiplied by ||w|| / ||w'||, for a random mask about sqrt(size / kept) as there;
+    where a mask keeps large weights, that would make sums larger than the dense ones.
 
     Args:
         weights: float32 [n]; a changed copy is returned.
@@ -233,5 +239,6 @@ def rescaled(weights: Tensor, mask: Tensor, layout: Layout) -> Tensor:
     out = weights.clone()
     sizes = list(layout.prunable_sizes)
     for values, part in zip(out[: layout.prunable].split(sizes), mask.split(sizes), strict=True):
-        values.mul_((part.numel() / max(1, int(part.sum()))) ** 0.5)
+        left = float(torch.linalg.vector_norm(values[part]))
+        values.mul_(float(torch.linalg.vector_norm(values)) / left if left > 0 else 1.0)
     return out

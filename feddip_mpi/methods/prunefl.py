@@ -41,6 +41,10 @@ class PruneFL(Method):
     def ends_at_final(cls, config: Config) -> bool:
         return config.prunefl.size == "sparsity"
 
+    @classmethod
+    def counts_are_known(cls, config: Config) -> bool:
+        return config.prunefl.size == "sparsity"
+
     def opening(self) -> Opening | None:
         c = self.config
         if not c.prunefl.first_rounds:

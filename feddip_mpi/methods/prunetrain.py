@@ -39,6 +39,10 @@ class PruneTrain(Method):
     def ends_at_final(cls, config: Config) -> bool:
         return config.prunetrain.cut == "sparsity"
 
+    @classmethod
+    def counts_are_known(cls, config: Config) -> bool:
+        return False
+
     def opening(self) -> None:
         return None
 

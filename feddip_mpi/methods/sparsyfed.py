@@ -34,6 +34,10 @@ class SparsyFed(Method):
     def first_sparsity(cls, config: Config) -> float:
         return 0.0
 
+    @classmethod
+    def counts_are_known(cls, config: Config) -> bool:
+        return False
+
     def opening(self) -> None:
         return None
 

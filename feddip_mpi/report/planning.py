@@ -24,7 +24,8 @@ def make(config: Config) -> tuple[Layout, list[Row]]:
     `round` counts from 1. `sparsity` (share of zeros) and `kept` (weights) are those of the model after the round, as
     a run records them. `regrow` is how many coordinates a client sends from outside the mask. `upload_bytes` (of all
     participants), `total_bytes` (up to here) and `dense_bytes` (the same upload as float32) are what the run will
-    record; in rounds with regrow coordinates to a few per cent of their indices, and without `upload.entropy`.
+    record, where the size of masks does not depend on the weights (`Method.counts_are_known`); in rounds with regrow
+    coordinates to a few per cent of their indices, and without `upload.entropy`.
 
     Raises:
         InputError: model and data do not fit, or own data cannot be read.
@@ -113,10 +114,12 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
     size = terminal.size
     total, dense = plan[-1]["total_bytes"], sum(row["dense_bytes"] for row in plan)
     updates = [row["round"] for row in plan if row["mask_update"]]
+    known = methods.named(config.method).counts_are_known(config)
     lines = [
         *textwrap.wrap(f"{config.method}: {methods.named(config.method).summary}", 78),
         f"{len(updates)} mask update{'s' * (len(updates) != 1)}" + (f", the last in round {updates[-1]}" if updates else "")
         + f"; final sparsity {plan[-1]['sparsity']:.6f}",
+        *([] if known else ["how many weights are kept on the way depends on them: planned is what sparsity.* asks for"]),
         f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "
         f"{size(total / len(plan) / config.participants)} each on average",
         f"dense float32 would take {size(dense)}: {dense / max(1, total):.1f} times as much",

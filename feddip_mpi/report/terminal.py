@@ -223,6 +223,15 @@ def show_summary(summary: dict[str, Any], folder: Path, plot: Path | None) -> No
     print_tables(numbers, layers)
 
 
+def _smaller(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The network that is left where whole channels were removed (`method: prunetrain`)."""
+    if "channels_removed" not in summary:
+        return []
+    pairs = (("parameters_left", "parameters"), ("multiplications_left", "multiplications"))
+    left = ", ".join(f"{summary[left]:,} of {summary[all_]:,} {all_}" for left, all_ in pairs)
+    return [("channels removed", f"{summary['channels_removed']}: {left}")]
+
+
 def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tuple[str, str]]:
     ratio = summary["dense_bytes"] / max(1, summary["upload_bytes"])
     return [
@@ -232,6 +241,7 @@ def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tupl
         ("  with the pruned weights that the server remembers put back, as they are",
          f"{summary['dense_memory_accuracy']:.4f}"),
         ("sparsity of the prunable weights", f"{summary['sparsity']:.4f}"),
+        *_smaller(summary),
         ("bytes uploaded", f"{size(summary['upload_bytes'])}, {ratio:.1f} times fewer than dense float32 "
                            f"({size(summary['dense_bytes'])})"),
         ("  of these values, indices, not prunable, frames",

@@ -189,6 +189,8 @@ def test_evaluate_refuses_other_data(trained: Path, tmp_path: Path, feddip: Comm
         ["upload.values=int4", "mask.initial=magnitude", "upload.rounding=stochastic", "server_memory=off"],
         ["upload.mode=dense_at_mask_updates", "server_memory=published", "upload.values=bf16"],
         ["method=fedavg"],
+        ["method=prunefl", "upload.values=bf16"],
+        ["method=feddst", "upload.values=fp32"],
     ],
     ids=lambda changes: " ".join(changes),
 )

@@ -19,6 +19,7 @@ from feddip_mpi.federation import Federation
 from feddip_mpi.methods import channels, feddst, prunefl, prunetrain, sparsyfed
 from feddip_mpi.methods.base import Seen
 from feddip_mpi.models import work
+from feddip_mpi.report import terminal
 from feddip_mpi.schedules import plan_round, sparsity
 from feddip_mpi.streams import stream
 from feddip_mpi.support import Support
@@ -425,6 +426,11 @@ def test_prunetrain_counts_the_smaller_network() -> None:
     weights = dict(small.named_parameters())
     assert facts["multiplications_left"] == sum(u * weights[n].numel() for n, u in used.items())
     assert facts["channels_removed"] == sum(int((~k).sum()) for k in kept) > 0
+    ((what, numbers),) = terminal._smaller(facts)
+    assert (
+        what == "channels removed" and f"{facts['parameters_left']:,} of {facts['parameters']:,} parameters" in numbers
+    )
+    assert not terminal._smaller({})
 
 
 def test_prunetrain_refuses_networks_that_are_no_chain() -> None:
@@ -543,9 +549,10 @@ def test_a_sparse_beginning_can_be_rescaled(method: str) -> None:
     one, other = rounds.initial_state(plain).server, rounds.initial_state(scaled).server
     assert torch.equal(one.mask, other.mask)
     sizes = list(plain.layout.prunable_sizes)
-    for before, after, kept in zip(one.weights[: sum(sizes)].split(sizes), other.weights[: sum(sizes)].split(sizes),
-                                   one.mask.split(sizes), strict=True):  # fmt: skip
-        assert torch.allclose(after, before * math.sqrt(len(kept) / int(kept.sum())))
+    for dense, before, after in zip(*(v[: sum(sizes)].split(sizes) for v in (plain.initial, one.weights, other.weights)),
+                                    strict=True):  # fmt: skip
+        assert torch.allclose(after, before * float(dense.norm() / before.norm()))
+        assert float(after.norm()) == pytest.approx(float(dense.norm()), rel=1e-5)
     assert torch.equal(one.weights[sum(sizes) :], other.weights[sum(sizes) :])
 
 
