@@ -268,6 +268,7 @@ def study(
     studies.work(target, overrides, settings, out, collect, as_json)
 
 
+@cli.command()
 @click.argument("grid")
 @click.option("--out", metavar="DIR", help="Folder of the run folders, one a cell.  [default: runs/NAME]")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Cells at once.  [default: 1]")
