@@ -88,11 +88,11 @@ def of_setting(groups: Sequence[Group], look: Look, footer: Callable[[Sequence[G
         accuracy_by_round, sparsity_by_layer, mask_churn, penalty, pruning_error,
     )  # fmt: skip
     dense = [group for group in groups if not group.prunes]
-    levels = sorted({group.sparsity for group in groups if group.prunes})
+    levels = sorted({group.level for group in groups if group.prunes})
     for draw in general:
         yield from _finish(draw(groups, look), "", footer)
     for level in levels or [0.0]:
-        members = [*dense, *(group for group in groups if group.prunes and group.sparsity == level)]
+        members = [*dense, *(group for group in groups if group.prunes and group.level == level)]
         for draw in by_level:
             yield from _finish(draw(members, look), f"sparsity {level:.4g}" if levels else "", footer)
 
@@ -152,7 +152,7 @@ def accuracy_by_sparsity(groups: Sequence[Group], look: Look) -> Picture | None:
         else:
             panel.axhspan(spreads[0].low, spreads[0].high, color=look.colour(label), alpha=0.12, linewidth=0)
             panel.axhline(spreads[0].mean, label=f"{label} (dense)", **{**look.line(label), "linestyle": "--"})
-    levels = sorted({group.sparsity for group in groups if group.prunes})
+    levels = sorted({group.level for group in groups if group.prunes})
     panel.set_xscale(
         "function", functions=(lambda x: -np.log10(1.0001 - np.minimum(x, 1)), lambda y: 1.0001 - 10.0**-y)
     )
@@ -440,9 +440,15 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     told = "; ".join(
         f"{group.title}: "
         + ", ".join(f"{label} {terminal.size(kinds[n])}" for n, label in zip(names, labels, strict=True))
+        + _besides(group)
         for group, kinds in zip(groups, found, strict=True)
     )
     return Picture("bytes-by-kind", "Bytes by kind and phase", f"{told}.", figure, tuple(groups))
+
+
+def _besides(group: Group) -> str:
+    extra = summaries.totals(group, ["upload_extra_bytes"])["upload_extra_bytes"]
+    return f" (of the uploads {terminal.size(extra)} besides updates)" if extra else ""
 
 
 def time_by_phase(groups: Sequence[Group], look: Look) -> Picture | None:

@@ -22,9 +22,10 @@ _SETTING_KEYS = (
     "data.name", "model.name", "data.partition", "data.alpha", "data.classes_per_client", "rounds", "clients",
     "participants", "local_epochs",
 )  # fmt: skip
-UPLOAD_KINDS = ("values", "indices", "other", "frame")
+# Disjoint. upload_extra_bytes (what a method sends besides updates) is part of the uploads of all four kinds.
 BYTE_KINDS = (
-    *(f"upload_{kind}_bytes" for kind in UPLOAD_KINDS), *(f"download_{kind}_bytes" for kind in UPLOAD_KINDS), "residual_bytes",
+    "upload_values_bytes", "upload_indices_bytes", "upload_other_bytes", "upload_frame_bytes",
+    "download_values_bytes", "download_indices_bytes", "download_other_bytes", "download_frame_bytes", "residual_bytes",
     "control_bytes",
 )  # fmt: skip
 PHASES = (
@@ -63,7 +64,7 @@ class Group:
         setting: what the task is; one line.
         method: its label.
         sparsity: share of zeros of the final model, as measured.
-        variant: what tells it from groups of the same setting, method and sparsity; empty where nothing has to.
+        variant: what tells it from groups of the same setting, method and asked sparsity; empty where nothing has to.
         runs: in the order of their seeds.
     """
 
@@ -89,6 +90,11 @@ class Group:
     @property
     def prunes(self) -> bool:
         return self.sparsity > 0
+
+    @property
+    def level(self) -> float:
+        """The sparsity asked for, by which methods are put side by side; some end somewhat beside it."""
+        return self.config.sparsity.final if self.prunes else 0.0
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -127,7 +133,7 @@ class Line:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Runs by configuration without the seed; sorted by setting, sparsity and label."""
+    """Runs by configuration without the seed; sorted by setting, asked sparsity and label."""
     together: dict[str, list[Run]] = {}
     for run in runs:
         key = {name: value for name, value in identity(run.config).items() if name != "seed"}
@@ -135,13 +141,14 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     parts = [tuple(sorted(group, key=lambda run: run.config.seed)) for group in together.values()]
     alike: dict[tuple[str, str, float], list[tuple[Run, ...]]] = {}
     for part in parts:
-        alike.setdefault((setting_of(part[0].config), part[0].label, _sparsity(part[0])), []).append(part)
+        final = part[0].config.sparsity.final
+        alike.setdefault((setting_of(part[0].config), part[0].label, final), []).append(part)
     made = [
-        Group(setting, label, sparsity, variant, part)
-        for (setting, label, sparsity), same in alike.items()
+        Group(setting, label, _sparsity(part[0]), variant, part)
+        for (setting, label, _), same in alike.items()
         for part, variant in zip(same, _variants([part[0].config for part in same]), strict=True)
     ]
-    return sorted(made, key=lambda group: (group.setting, group.sparsity, group.label))
+    return sorted(made, key=lambda group: (group.setting, group.level, group.label))
 
 
 def setting_of(settings: Config) -> str:

@@ -20,7 +20,8 @@ SUMMARY_COLUMNS = (
 )  # fmt: skip
 _ROUND_NAMES = (
     "test_accuracy", "test_loss", "train_loss", "sparsity", "penalty", "mask_grown", "mask_pruned", "pruning_error",
-    "update_norm", "residual_norm", *summaries.BYTE_KINDS, "round_seconds", *(f"{phase}_seconds" for phase in summaries.PHASES),
+    "update_norm", "residual_norm", *summaries.BYTE_KINDS, "upload_extra_bytes",
+    "round_seconds", *(f"{phase}_seconds" for phase in summaries.PHASES),
     "host_memory_bytes", "device_memory_bytes",
 )  # fmt: skip
 # What LaTeX reads as a command, in an order in which no replacement is replaced again.

@@ -6,6 +6,8 @@
       partition:                            # an axis of labels: each sets some keys, and wins over axes of values
         iid: {data.partition: iid}
         dirichlet-0.5: {data.partition: dirichlet, data.alpha: 0.5}
+      method:
+        fedavg: {file: ../methods/fedavg.yaml}    # a label may begin with a file: what that says comes before `set` and all axes
       sparsity.final: [0.9, 0.95]           # an axis of values of one key
       seed: [1, 2, 3]
     exclude:
@@ -55,12 +57,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One value of one axis: its text in names, the keys it sets, and whether these win over other axes' keys."""
+    """One value of one axis: its text in names, the keys it sets, and whether these win over other axes' keys.
+
+    `first` are the keys of its file, which give way to everything else.
+    """
 
     axis: str
     label: str
     keys: Mapping[str, Any]
     wins: bool
+    first: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(path: Path) -> list[Cell]:
@@ -92,7 +98,8 @@ def cells(values: Mapping[str, Any], source: str, folder: Path) -> list[Cell]:
             hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_KEYS)}"
             raise InputError(f"{source}: {key}: unknown key of a grid; {hint}")
     base = _base(values, source, folder)
-    axes = _axes(values.get("grid"), source)
+    common = _keys(values.get("set") or {}, source, "set")
+    axes = _axes(values.get("grid"), source, folder)
     excluded = [_conditions(entry, axes, source) for entry in _entries(values, "exclude", source)]
     chosen = [
         choices
@@ -101,40 +108,43 @@ def cells(values: Mapping[str, Any], source: str, folder: Path) -> list[Cell]:
     ]
     for entry in _entries(values, "also", source):
         chosen += _more(entry, axes, source)
-    return _build(base, chosen, source)
+    return _build(base, common, chosen, source)
 
 
 def _base(values: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:
     base = values.get("base")
     if isinstance(base, str):
-        made = config.to_dict(config.load(folder / base))
-    elif base is None or isinstance(base, dict):
-        made = config.to_dict(config.validate(_nested(_keys(base or {}, source, "base"), source), f"{source}: base"))
-    else:
-        raise InputError(f"{source}: base: got {base!r}; name a configuration file, or give keys and values")
-    for key, value in _keys(values.get("set") or {}, source, "set").items():
-        config.set_key(made, key, value, f"{source}: set")
-    return made
+        return config.to_dict(config.load(folder / base))
+    if base is None or isinstance(base, dict):
+        return config.to_dict(config.validate(_nested(_keys(base or {}, source, "base"), source), f"{source}: base"))
+    raise InputError(f"{source}: base: got {base!r}; name a configuration file, or give keys and values")
 
 
-def _axes(given: Any, source: str) -> dict[str, list[_Choice]]:
+def _axes(given: Any, source: str, folder: Path) -> dict[str, list[_Choice]]:
     if not isinstance(given, dict) or not given:
         raise InputError(f"{source}: grid: got {given!r}; give axes, for example `grid: {{seed: [1, 2, 3]}}`")
-    return {str(axis): _choices(str(axis), entries, source) for axis, entries in given.items()}
+    return {str(axis): _choices(str(axis), entries, source, folder) for axis, entries in given.items()}
 
 
-def _choices(axis: str, entries: Any, source: str) -> list[_Choice]:
+def _choices(axis: str, entries: Any, source: str, folder: Path) -> list[_Choice]:
     if isinstance(entries, dict) and entries:
-        return [
-            _Choice(axis, _text(label), _keys(keys or {}, source, f"grid: {axis}: {label}"), True)
-            for label, keys in entries.items()
-        ]
+        return [_labelled_choice(axis, label, keys or {}, source, folder) for label, keys in entries.items()]
     if isinstance(entries, list) and entries:
         return [_plain_choice(axis, value) for value in entries]
     raise InputError(
         f"{source}: grid: {axis}: got {entries!r}; give a list of values of the key {axis!r}, or labels with the keys that "
         "each of them sets"
     )
+
+
+def _labelled_choice(axis: str, label: Any, given: Any, source: str, folder: Path) -> _Choice:
+    keys = _keys(given, source, f"grid: {axis}: {label}")
+    first: dict[str, Any] = {}
+    if (name := keys.pop("file", None)) is not None:
+        path = folder / str(name)
+        config.load(path)  # says what is wrong with it
+        first = _keys(config.read_mapping(path.read_text(encoding="utf-8"), str(path)), source, str(path))
+    return _Choice(axis, _text(label), keys, True, first)
 
 
 def _plain_choice(key: str, value: Any) -> _Choice:
@@ -203,12 +213,16 @@ def _more(entry: Mapping[str, Any], axes: Mapping[str, list[_Choice]], source: s
     return itertools.product(*parts)
 
 
-def _build(base: Mapping[str, Any], chosen: Sequence[Sequence[_Choice]], source: str) -> list[Cell]:
+def _build(
+    base: Mapping[str, Any], common: Mapping[str, Any], chosen: Sequence[Sequence[_Choice]], source: str
+) -> list[Cell]:
     problems: dict[str, list[str]] = {}
     found: dict[str, Cell] = {}  # by what they run
     used: dict[str, str] = {}
     for choices in chosen:
-        keys, name = _merge(choices, source), _name(choices)
+        name, keys = _name(choices), dict[str, Any]()
+        for part in (*(choice.first for choice in choices), common, _merge(choices, source)):
+            keys |= part
         values = json.loads(json.dumps(base))
         try:
             for key, value in keys.items():

@@ -103,16 +103,35 @@ def test_mistakes_name_the_cell_and_the_key(text: str, said: list[str]) -> None:
     assert all(part in str(caught.value) for part in said), str(caught.value)
 
 
-def test_the_studys_grids_are_good() -> None:
+def test_a_label_may_begin_with_a_file_that_gives_way(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("seed: 9\nmethod: fedavg\nrounds: 7\nlearning_rate: 0.3\nparticipants: 3\n")
+    text = """
+base: {rounds: 2, clients: 4, participants: 2}
+set: {rounds: 5}
+grid: {method: {m: {file: m.yaml, participants: 4}}, seed: [1]}
+"""
+    (cell,) = grid.cells(config.read_mapping(text, "g"), "g", tmp_path)
+    c = cell.config
+    assert (c.method, c.learning_rate, c.rounds, c.participants, c.seed) == ("fedavg", 0.3, 5, 4, 1)
+    assert cell.name == "m_seed-1" and cell.labels == {"method": "m"}
+    (tmp_path / "m.yaml").write_text("rounds: many\n")
+    with pytest.raises(InputError, match=r"m\.yaml: 1 problem:\n  rounds: got 'many'"):
+        grid.cells(config.read_mapping(text, "g"), "g", tmp_path)
+    with pytest.raises(InputError, match="cannot read the configuration"):
+        grid.cells(config.read_mapping(text.replace("m.yaml", "n.yaml"), "g"), "g", tmp_path)
+
+
+def test_the_grids_are_good() -> None:
     files = sorted((ROOT / "configs" / "study").glob("*.yaml"))
     assert "fashion-mnist" in [file.stem for file in files]
     for file in files:
         made = grid.load(file)
         assert len({cell.name for cell in made}) == len(made)
     study = {cell.name: cell.config for cell in grid.load(ROOT / "configs" / "study" / "fashion-mnist.yaml")}
-    assert {c.seed for c in study.values()} == {1, 2, 3}
     assert {c.method for c in study.values()} == set(config.METHODS)
+    assert {c.seed for c in study.values()} == {1, 2, 3} and {c.rounds for c in study.values()} == {100}
     assert {c.sparsity.final for c in study.values() if c.method == "feddip"} == {0.8, 0.9, 0.95, 0.98, 0.99}
+    assert len(study) == 4 * 3 * (2 + 11 * 5)  # partitions, seeds, dense methods and the others at five sparsities
     assert study["dirichlet-0.1_feddip_sparsity-0.98_seed-3"].data.alpha == 0.1
     assert study["pathological-2_fedavg_seed-1"].upload.values == "fp32"
 
