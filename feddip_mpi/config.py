@@ -264,6 +264,17 @@ class Config(_Section):
         le=1e7,
         description="seconds without progress of a rank (a client trained, a phase ended) that end the job; none: never",
     )
+    on_rank_failure: Literal["rewind", "continue", "abort"] = Field(
+        "rewind",
+        description="a rank died under `mpirun --with-ft ulfm`: rewind: the others go back to the last checkpoint, which "
+        "changes no bit; continue: they go on from the last complete round; abort: all end",
+    )
+    recovery_timeout: float = Field(
+        60,
+        gt=0,
+        le=1e6,
+        description="seconds in which all others must have noticed a rank's death (a batch, an evaluation); then the job ends",
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
@@ -274,6 +285,7 @@ class Config(_Section):
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
     "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "device", "stop_grace", "watchdog",
+    "on_rank_failure", "recovery_timeout",
 )  # fmt: skip
 
 

@@ -65,6 +65,9 @@ FIELDS: dict[str, Field] = {
     "upload_frame_bytes": Field("int", "config", "of these: frames"),
     "dense_bytes": Field("int", "config", "the same uploads as dense float32"),
     "ranks": Field("int", "ranks", "MPI ranks"),
+    "residuals_lost": Field(
+        "int", "ranks", "clients whose residual was lost with its rank before this round, or made older"
+    ),
     "wire_bytes": Field(
         "int", "ranks", "update bytes handed to MPI for sending, all ranks: payloads and their lengths"
     ),

@@ -18,7 +18,7 @@ from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config, UploadConfig
-from feddip_mpi.errors import Abandoned, FeddipError, NumericalError, PeerError
+from feddip_mpi.errors import Abandoned, FeddipError, NumericalError, PeerError, RankLost
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
 from feddip_mpi.residuals import Residual
@@ -57,6 +57,7 @@ class State:
         reference: float32 [P], the server's sum of all clients' references (`upload.residual: ef21`); replicated.
         owed: float32 [kept weights], what this rank, as the owner of a slice, rounded off the sums that it handed on
             (`download.values`); zero elsewhere.
+        residuals_lost: of how many clients a dead rank took residuals along since the last complete round.
     """
 
     server: Server
@@ -64,6 +65,11 @@ class State:
     holders: list[int]
     reference: Tensor | None = None
     owed: Tensor | None = None
+    residuals_lost: int = 0
+
+    def become(self, other: State) -> None:
+        """Take over all of `other`: a round is complete."""
+        vars(self).update(vars(other))
 
 
 def initial_state(federation: Federation) -> State:
@@ -121,12 +127,12 @@ def run(
                 compare_replicas(comm, state.server)
                 saver.save(state, history)
             return True
-        history.append(record)
-        life.enter("checkpoint", plan.round)
-        stop = comm.any(stop_requested()) and not _is_last(federation, state)
         saving = time.perf_counter()
         # A checkpoint cannot hold how long saving it took: its last row gets the time up to here.
         _clock(record, started, saving)
+        history.append(record)
+        life.enter("checkpoint", plan.round)
+        stop = comm.any(stop_requested()) and not _is_last(federation, state)
         if plan.checkpoint or stop:
             compare_replicas(comm, state.server)
             saver.save(state, history)
@@ -200,9 +206,12 @@ class Life:
 
 
 def play(federation: Federation, state: State, plan: RoundPlan, life: Life | None = None) -> metrics.Record:
-    """One round: train, encode and send here, add up, step the replicated server, evaluate.
+    """One round: train, encode and send here, add up, step the replicated server, evaluate, commit.
 
-    Changes `state` when all that can fail is over: after an error it is that before the round.
+    Changes `state` when all that can fail is over, on all ranks or on none: after an error it is that before the round.
+
+    Raises:
+        RankLost: a rank died; on every survivor.
     """
     life = life or Life()
     config, comm = federation.config, federation.comm
@@ -211,12 +220,14 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     comm.require_same(
         f"the plan of round {plan.round + 1}", [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES]
     )
-    _move_residuals(federation, state, placed)
+    held = _move_residuals(federation, state, placed)
     task = _task(federation, state, plan, placed)
     exchange = Exchange(comm, task, state.owed, meter.phase)
-    work, error = Work.nothing(len(plan.participants), state.held), None
+    work, error = Work.nothing(len(plan.participants), held), None
     try:
         _train_and_send(federation, state.server, plan, task, exchange, work, meter, life)
+    except RankLost:
+        raise
     except FeddipError as caught:
         error = caught
     with meter.phase("wait"):
@@ -226,12 +237,15 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     meter.seconds["transfer"] = exchange.transfer_seconds
     with meter.phase("server"):
         memory = config.server_memory if methods.METHODS[config.method].prunes else "on"
-        state.server, step = server.step(state.server, outcome.aggregate, plan, memory)
-        _remember(state, task, outcome.aggregate)
-        state.held, state.owed = work.held, outcome.owed
+        stepped, step = server.step(state.server, outcome.aggregate, plan, memory)
+    after = State(stepped, work.held, _holders(state, placed), _reference(state, task, outcome.aggregate), outcome.owed)
     with meter.phase("evaluate"):
-        scores = _evaluate(federation, state.server) if plan.evaluate else None
-    return _record(federation, state.server, plan, work, outcome.download, step, scores, meter)
+        scores = _evaluate(federation, stepped) if plan.evaluate else None
+    record = _record(federation, stepped, plan, work, outcome.download, step, scores, meter, state.residuals_lost)
+    life.enter("commit", plan.round)
+    comm.commit()
+    state.become(after)
+    return record
 
 
 def _check_all(comm: Communicator, exchange: Exchange, error: FeddipError | None) -> None:
@@ -273,11 +287,13 @@ def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[in
     )
 
 
-def _remember(state: State, task: Task, combined: Aggregate) -> None:
-    """The support's sums are the server's new reference, where there is one."""
-    if state.reference is not None:
-        state.reference = state.reference.clone()
-        task.carried.put(state.reference, combined.packed)
+def _reference(state: State, task: Task, combined: Aggregate) -> Tensor | None:
+    """The server's new reference, where there is one: the support's sums at their places."""
+    if state.reference is None:
+        return None
+    reference = state.reference.clone()
+    task.carried.put(reference, combined.packed)
+    return reference
 
 
 @dataclass
@@ -305,13 +321,18 @@ def _train_and_send(
 ) -> None:  # fmt: skip
     config, comm = federation.config, federation.comm
     received = server.pruned(srv.weights, srv.mask)
+
+    def give_up() -> bool:
+        comm.poll()  # who only trains would learn of a rank's death when it has finished
+        return life.give_up()
+
     for slot, client in enumerate(plan.participants):
         if task.placed[client] != comm.rank:
             continue
         with meter.phase("train"):
             samples = federation.partition.train[client]
             result = federation.trainer.train(
-                received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client, life.give_up
+                received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client, give_up
             )
         with meter.phase("encode"):
             _require_finite(result.loss, result.update, plan, client, comm.rank)
@@ -401,16 +422,24 @@ def digest_of(srv: Server) -> int:
     return zlib.crc32(srv.weights.cpu().numpy().view(np.uint8).data, masks.digest(srv.mask))
 
 
-def _move_residuals(federation: Federation, state: State, placed: dict[int, int]) -> None:
-    """Send each participant's residual to the rank that will train it; this is simulation, not upload."""
+def _move_residuals(federation: Federation, state: State, placed: dict[int, int]) -> dict[int, Residual]:
+    """Send each participant's residual to the rank that will train it; this is simulation, not upload.
+
+    Returns what this rank holds in the round. `state` keeps what left until the round is complete.
+    """
     transfers = [(client, state.holders[client], rank) for client, rank in placed.items()]
-    arrived = federation.comm.move(transfers, lambda client: pack_residual(state.held.pop(client, None)))
+    held = dict(state.held)
+    arrived = federation.comm.move(transfers, lambda client: pack_residual(held.pop(client, None)))
     for client, message in arrived.items():
         residual = unpack_residual(message)
         if residual is not None:
-            state.held[client] = residual
-    for client, rank in placed.items():
-        state.holders[client] = rank
+            held[client] = residual
+    return held
+
+
+def _holders(state: State, placed: dict[int, int]) -> list[int]:
+    """Where residuals lie after a round: with who trained their clients."""
+    return [placed.get(client, holder) for client, holder in enumerate(state.holders)]
 
 
 def pack_residual(residual: Residual | None) -> np.ndarray:
@@ -490,6 +519,7 @@ def _record(
     step: server.StepReport,
     scores: evaluate.Scores | None,
     meter: Meter,
+    residuals_lost: int,
 ) -> metrics.Record:
     """Merge all ranks' measurements into the round's record (names and units: metrics.FIELDS)."""
     comm, layout = federation.comm, federation.layout
@@ -525,6 +555,7 @@ def _record(
         **{f"upload_{kind}_bytes": count for kind, count in upload.items()},
         "dense_bytes": 4 * layout.size * len(plan.participants),
         "ranks": comm.size,
+        "residuals_lost": residuals_lost,
     }
     names = (
         "wire_bytes",
