@@ -149,15 +149,14 @@ class Communicator:
         self._count("control", 8 + data.size, from_root=True)
         return json.loads(data.tobytes())
 
-    @staticmethod
-    def _broadcast(handle: Any, value: Any) -> np.ndarray:
+    def _broadcast(self, handle: Any, value: Any) -> np.ndarray:
         """The JSON text of the first rank's value, uint8."""
         leads = handle.Get_rank() == 0
         data = np.frombuffer(json.dumps(value).encode(), np.uint8) if leads else np.zeros(0, np.uint8)
         length = np.array([data.size], np.int64)
-        handle.Bcast(length, root=0)
+        self._call(handle, "Bcast", length, root=0)
         buffer = data.copy() if leads else np.empty(int(length[0]), np.uint8)
-        handle.Bcast(buffer, root=0)
+        self._call(handle, "Bcast", buffer, root=0)
         return buffer
 
     @_guarded
@@ -165,7 +164,7 @@ class Communicator:
         """Equal-shaped float64 or uint8 rows of all ranks, stacked in rank order: [size, ...]."""
         row = np.ascontiguousarray(row)
         out = np.empty((self.size, *row.shape), row.dtype)
-        self._handle.Allgather(row, out)
+        self._call(self._handle, "Allgather", row, out)
         self.sent["control"] += row.nbytes
         self.received["control"] += row.nbytes * (self.size - 1)
         return out
@@ -194,9 +193,9 @@ class Communicator:
         culprit = int(np.flatnonzero(flags)[0])
         text = json.dumps([type(error).__name__, str(error)]).encode() if self.rank == culprit else b""
         length = np.array([len(text)], np.int64)
-        self._handle.Bcast(length, root=culprit)
+        self._call(self._handle, "Bcast", length, root=culprit)
         buffer = np.frombuffer(text, np.uint8).copy() if self.rank == culprit else np.empty(int(length[0]), np.uint8)
-        self._handle.Bcast(buffer, root=culprit)
+        self._call(self._handle, "Bcast", buffer, root=culprit)
         name, message = json.loads(buffer.tobytes())
         shared = getattr(errors, name, FeddipError)(message)
         shared.shared = True
@@ -220,7 +219,7 @@ class Communicator:
 
     @_guarded
     def barrier(self) -> None:
-        self._handle.Barrier()
+        self._call(self._handle, "Barrier")
 
     # Behind the scenes
 
@@ -233,6 +232,7 @@ class Communicator:
         possible = self.size > 1 and self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
         if possible and self._worker is None:
             self._bulk = self._handle.Dup()
+            self.commit()
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="exchange")
         return self._worker is not None
 
@@ -245,21 +245,27 @@ class Communicator:
         done.set_result(work())
         return done
 
-    def _call(self, handle: Any, name: str, *arguments: Any) -> None:
+    def _call(self, handle: Any, name: str, *arguments: Any, **named: Any) -> None:
         """A collective by name: blocking here, in the background by requests that a thread tests now and then.
 
-        The blocking ones have the better algorithms (Open MPI 5: rings and trees against all-to-all).
+        The blocking ones have the better algorithms (Open MPI 5: rings and trees against all-to-all). But they say that
+        all went well when a rank died in them and nothing arrived (Open MPI 5.0.11: Allgatherv), so a fault-tolerant
+        communicator has the others do all its work.
         """
-        if threading.current_thread() is threading.main_thread():
-            getattr(handle, name)(*arguments)
+        behind = threading.current_thread() is not threading.main_thread()
+        if not behind and not self.fault_tolerant:
+            getattr(handle, name)(*arguments, **named)
             return
-        request, pause = getattr(handle, f"I{name.lower()}")(*arguments), _SHORTEST_PAUSE
+        request, pause = getattr(handle, f"I{name.lower()}")(*arguments, **named), _SHORTEST_PAUSE
         while not request.Test():
             if self._revoked:  # MPI may still write into the arguments: they stay
                 self._retired.append((request, arguments))
                 raise self._loss("its messages were under way")
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            if behind:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                os.sched_yield()
 
     # Large messages
 
@@ -270,7 +276,7 @@ class Communicator:
         out = np.asarray(array, order="C") if self.rank == 0 else np.empty(shape[0], np.dtype(shape[1]))
         raw = out.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, self._limit):
-            self._handle.Bcast(raw[start : start + self._limit], root=0)
+            self._call(self._handle, "Bcast", raw[start : start + self._limit], root=0)
         self._count("data", raw.size, from_root=True)
         return out
 
@@ -491,7 +497,7 @@ class Communicator:
                 view[...] = arrays.pop(name)
             self._windows.append(window)
             out[name] = view
-        node.Barrier()
+        self._call(node, "Barrier")
         return out
 
     def _node(self) -> Any:
@@ -500,6 +506,7 @@ class Communicator:
             node = self._handle.Split_type(self._mpi.COMM_TYPE_SHARED)
             if self._ranks_per_node:
                 node = node.Split(node.rank // self._ranks_per_node, node.rank)
+            self.commit()
             self._node_handle = node
         return self._node_handle
 
@@ -514,7 +521,9 @@ class Communicator:
             leads = self._node().rank == 0
             leaders = self._handle.Split(0 if leads else self._mpi.UNDEFINED, self.rank)
             self._leader_handle = leaders if leads else None
-            self._bulk_node = self._node().Dup()
+            bulk = self._node().Dup()
+            self.commit()
+            self._bulk_node = bulk
         return len(self._ranks_by_node)
 
     def nodes(self) -> list[list[int]]:

@@ -211,6 +211,8 @@ def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
 def build(comm: Communicator, settings: Config) -> Federation:
     """This rank's device, then everything of `federation.build`. An error on one rank is raised on all."""
     error, device = None, torch.device("cpu")
+    for fault in runtime.faults(comm.rank):
+        fault.enter("setup", 0)
     try:
         if settings.upload.entropy == "zstd":
             entropy.require()
