@@ -51,7 +51,7 @@ PHASES = (
 
 def draw(seed: int, number: int) -> tuple[str, list[dict[str, Any]]]:
     """A try's variant and faults."""
-    rng = random.Random(f"{seed}:{number}")  # noqa: S311
+    rng = random.Random(f"{seed}:{number}")
     variant = rng.choice(list(VARIANTS))
     faults = []
     for rank in rng.sample(range(RANKS), 1 if rng.random() < 0.75 else 2):
@@ -75,7 +75,7 @@ def command(run: Path, ranks: int, changes: dict[str, Any]) -> list[str]:
 def start(run: Path, ranks: int, changes: dict[str, Any], faults: str = "") -> tuple[int | None, str, float]:
     """Exit code (None: it hung and was killed), output, seconds."""
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2] + [str(ROOT / "tests/mpi/programs")]),
+        **os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], str(ROOT / "tests/mpi/programs")]),
         "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "FEDDIP_FAULT": faults, "FEDDIP_TEST_FAULTS": "1",
         "FEDDIP_KILLS": str(run), "TMPDIR": str(run.parent), "OMPI_MCA_btl_sm_backing_directory": str(run.parent),
         "OMPI_MCA_osc_sm_backing_directory": str(run.parent), "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp",

@@ -697,9 +697,14 @@ class Communicator:
         self._windows.clear()
 
     def abort(self, code: int) -> None:
-        """End all ranks at once: the others may be waiting in a collective that this one will never reach."""
+        """End all ranks at once: the others may be waiting in a collective that this one will never reach.
+
+        After `revoke` each ends by itself: mpirun (5.0.11) may stay for ever where several ranks call MPI_Abort.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
+        if self._revoked:
+            os._exit(code)
         _exit_after(_ABORT_SECONDS, code)
         self._mpi.COMM_WORLD.Abort(code)
 

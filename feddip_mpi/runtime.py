@@ -289,18 +289,18 @@ class Watchdog:
 
 
 @contextmanager
-def deadline(seconds: float, what: str, abort: Callable[[int], None]) -> Iterator[None]:
-    """Ends the job with exit code 1 where the block takes longer than `seconds`: `what` names what it waits for."""
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Ends this process with exit code 1 where the block takes longer than `seconds`: `what` names what it waits for."""
 
     def end() -> None:
         print(
-            f"deadline: {what} took more than {seconds:g} s; ending all ranks. `feddip-mpi resume` goes on from the last "
+            f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "
             "checkpoint",
             file=sys.stderr,
             flush=True,
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        abort(1)
+        os._exit(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

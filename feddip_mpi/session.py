@@ -338,7 +338,7 @@ def _recover(built: Federation, run: Run, state: State, history: list[Record]) -
     try:
         while True:
             try:
-                with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive", comm.abort):
+                with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
                     state.holders = recovery.renumber(state.holders, comm.shrink())
                 life.enter("recover", state.server.round)
                 _take_over_folder(comm, run)
