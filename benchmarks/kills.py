@@ -41,7 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rewind, sharded, int8 both ways": {"exchange": "sharded", "download__values": "int8"},
     "rewind, node": {"exchange": "node"},
     "continue, no residuals": {"on_rank_failure": "continue", "upload__residual": "drop"},
-    "continue, residuals and sharded": {"on_rank_failure": "continue", "exchange": "sharded", "download__values": "int8"},
+    "continue, residuals and sharded": {
+        "on_rank_failure": "continue",
+        "exchange": "sharded",
+        "download__values": "int8",
+    },
 }
 OTHER_BITS = "continue, residuals and sharded"
 PHASES = (
@@ -139,7 +143,13 @@ def attempt(scratch: Path, seed: int, number: int, references: dict[str, Path], 
 
 def judge(found: dict[str, Any], finished: bool, references: dict[str, Path], variant: str, run: Path) -> str:
     if not finished:
-        return "hang" if found["exit_code"] is None else "ended, resume works" if resumes(run, references, variant) else "wrong"
+        return (
+            "hang"
+            if found["exit_code"] is None
+            else "ended, resume works"
+            if resumes(run, references, variant)
+            else "wrong"
+        )
     try:
         if variant == OTHER_BITS:
             checkpoint.verify(runs.newest(run))
@@ -156,7 +166,9 @@ def judge(found: dict[str, Any], finished: bool, references: dict[str, Path], va
 def resumes(run: Path, references: dict[str, Path], variant: str) -> bool:
     """Whether a run that ended with an error goes on to the right bits."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], str(ROOT / "tests/mpi/programs")])}
-    subprocess.run([sys.executable, "-c", PROGRAM, "resume", str(run)], env=environment, check=False, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, "resume", str(run)], env=environment, check=False, capture_output=True
+    )
     try:
         runs.assert_equal(references[variant], run)
     except (AssertionError, ValueError):
@@ -171,7 +183,9 @@ def table(tries: list[dict[str, Any]]) -> str:
     groups: dict[str, list[str]] = collections.defaultdict(list)
     for one in tries:
         several = len(one["faults"]) > 1
-        groups["two ranks, the first in any phase" if several else f"`{one['faults'][0]['phase']}`"].append(one["outcome"])
+        groups["two ranks, the first in any phase" if several else f"`{one['faults'][0]['phase']}`"].append(
+            one["outcome"]
+        )
         groups[f"all, {one['variant']}"].append(one["outcome"])
         groups["**all**"].append(one["outcome"])
     for name in sorted(groups):

@@ -37,6 +37,9 @@ class Alone:
     def gather(self, row: np.ndarray) -> np.ndarray:
         return row[None].copy()
 
+    def broadcast(self, value: Any) -> Any:
+        return value
+
     def node_broadcast(self, value: Any) -> Any:
         return value
 
