@@ -60,9 +60,9 @@ def draw(seed: int, number: int) -> tuple[str, list[dict[str, Any]]]:
     faults = []
     for rank in rng.sample(range(RANKS), 1 if rng.random() < 0.75 else 2):
         phase = PHASES[number % len(PHASES)] if not faults else rng.choice([*PHASES, "recover"])
-        round = ROUNDS if phase == "finish" else rng.randint(1, ROUNDS)
+        last = ROUNDS if phase == "finish" else rng.randint(1, ROUNDS)
         delay = 0 if rng.random() < 0.3 else round(rng.uniform(0, 30), 1)
-        faults.append({"rank": rank, "phase": phase, "round": round, "delay": delay})
+        faults.append({"rank": rank, "phase": phase, "round": last, "delay": delay})
     return variant, faults
 
 
@@ -201,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tries", type=int, default=120)
+    parser.add_argument("--first", type=int, default=0, help="number of the first try")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no try after so many seconds")
     parser.add_argument("--keep", type=Path, help="folder for the output of tries that went wrong")
@@ -211,7 +212,7 @@ def main() -> None:
     tries, began = stored["tries"], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kl") as name:
         scratch, references = Path(name), {}
-        for number in sorted(set(range(arguments.tries)) - {one["number"] for one in tries}):
+        for number in sorted(set(range(arguments.first, arguments.tries)) - {one["number"] for one in tries}):
             if time.monotonic() - began > arguments.seconds:
                 break
             variant, _ = draw(arguments.seed, number)
