@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py docs/results/kills.json --tries 120
 
-Every try is a run of 4 ranks under `mpirun --with-ft ulfm` in which one rank (in some tries two) is killed with SIGKILL,
+Every try is a run of 4 ranks under `mpirun --with-ft ulfm` in which one, two or three of them are killed with SIGKILL, each
 0 to 30 ms after it enters a phase of a round. Right is: finished, by its marker, with the bits of the checkpoint of a run
 that never failed; where survivors go on without the dead rank's residuals these bits cannot be had, and right is: all rounds,
 a checkpoint that verifies. Tries that are in the file are not run again. Needs Open MPI >= 5 beside this Python.
@@ -58,7 +58,7 @@ def draw(seed: int, number: int) -> tuple[str, list[dict[str, Any]]]:
     rng = random.Random(f"{seed}:{number}")
     variant = rng.choice(list(VARIANTS))
     faults = []
-    for rank in rng.sample(range(RANKS), 1 if rng.random() < 0.75 else 2):
+    for rank in rng.sample(range(RANKS), rng.choices((1, 2, 3), (0.4, 0.3, 0.3))[0]):
         phase = PHASES[number % len(PHASES)] if not faults else rng.choice([*PHASES, "recover"])
         last = ROUNDS if phase == "finish" else rng.randint(1, ROUNDS)
         delay = 0 if rng.random() < 0.3 else round(rng.uniform(0, 30), 1)
@@ -177,23 +177,25 @@ def resumes(run: Path, references: dict[str, Path], variant: str) -> bool:
 
 
 def table(tries: list[dict[str, Any]]) -> str:
-    """Fault x tries x outcome as Markdown, by the phase of the first kill and by variant."""
+    """Fault x kills x outcome of their tries as Markdown, by phase and by variant."""
     outcomes = sorted({one["outcome"] for one in tries})
-    lines = ["| kill in | tries | " + " | ".join(outcomes) + " |", "|---|---|" + "---|" * len(outcomes)]
     groups: dict[str, list[str]] = collections.defaultdict(list)
     for one in tries:
-        several = len(one["faults"]) > 1
-        groups["two ranks, the first in any phase" if several else f"`{one['faults'][0]['phase']}`"].append(
-            one["outcome"]
-        )
-        groups[f"all, {one['variant']}"].append(one["outcome"])
-        groups["**all**"].append(one["outcome"])
+        for fault in one["faults"]:
+            if one["died"] is None or fault["rank"] in one["died"]:
+                groups[f"in `{fault['phase']}`"].append(one["outcome"])
+                groups[f"{'rank 0' if fault['rank'] == 0 else 'another rank'}"].append(one["outcome"])
+                groups[f"run: {one['variant']}"].append(one["outcome"])
+                groups["**all kills**"].append(one["outcome"])
+    lines = ["| kill | kills | " + " | ".join(outcomes) + " |", "|---|---|" + "---|" * len(outcomes)]
     for name in sorted(groups):
         counts = [str(groups[name].count(outcome)) for outcome in outcomes]
         lines.append(f"| {name} | {len(groups[name])} | {' | '.join(counts)} |")
+    found = collections.Counter(one["outcome"] for one in tries)
+    lines += ["", f"{len(tries)} tries: " + ", ".join(f"{count} {outcome}" for outcome, count in found.most_common())]
     times = sorted(t for one in tries for t in one["recovery_seconds"])
     if times:
-        lines += ["", f"{len(times)} recoveries: {times[0]} to {times[-1]} s, median {times[len(times) // 2]} s."]
+        lines += [f"{len(times)} recoveries: {times[0]} to {times[-1]} s, median {times[len(times) // 2]} s"]
     return "\n".join(lines)
 
 
