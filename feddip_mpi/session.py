@@ -391,10 +391,13 @@ def _mended(built: Federation, run: Run, state: State, history: list[Record]) ->
         saved = (loaded[0].server.round, loaded[0].path) if loaded else None
         found = recovery.take_over(built, state, history, saved)
         if found is not None:
-            state, losses = found
+            taken, losses = found
+            state.become(taken)  # also when yet another rank dies below: what is lost is counted once
+            if comm.rank == 0:
+                log.warning("%s", losses)
             if name != checkpoint.path_of(folder.checkpoints, state.server.round).name and state.server.round:
                 FolderSaver(built, folder, run.created).save(state, history)
-            return state, history, str(losses)
+            return state, history, "nothing is played again"
     if not name:
         return rounds.initial_state(built), [], "from the start: nothing was saved"
     state, history, _ = _restore(built, loaded[0] if loaded else None)

@@ -74,7 +74,8 @@ def test_continue_plays_no_round_twice(config: Path, never_failed: Path, tmp_pat
     assert (run / "finished.json").exists(), done.text
     runs.assert_equal(never_failed / "drop", run)
     assert [row["ranks"] for row in runs.lines(run)] == [3, 3, 3, 2, 2]
-    assert "2 go on after round 3 (residuals lost: none)" in (run / "run.log").read_text()
+    log = (run / "run.log").read_text()
+    assert "residuals lost: none" in log and "2 go on after round 3 (nothing is played again)" in log
 
 
 def test_continue_says_what_is_lost(config: Path, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_continue_says_what_is_lost(config: Path, tmp_path: Path) -> None:
     assert (run / "finished.json").exists(), done.text
     rows = runs.lines(run)
     assert [row["round"] for row in rows] == [1, 2, 3, 4, 5]
-    told = re.findall(r"go on after round 3 \(residuals lost: (.*)\); [\d.]+ s", (run / "run.log").read_text())
+    told = re.findall(r"WARNING residuals lost: (.*)", (run / "run.log").read_text())
     assert len(told) == 1 and told[0].endswith("; what the dead ranks had rounded off the sums")
     clients = [(int(client), int(round)) for client, round in re.findall(r"client (\d+) \(round (\d+)\)", told[0])]
     # Saved after round 2: of the rank's clients those are lost that took part in round 3.
