@@ -33,7 +33,7 @@ import runs  # noqa: E402
 from feddip_mpi import checkpoint  # noqa: E402
 from feddip_mpi.errors import FeddipError  # noqa: E402
 
-RANKS, ROUNDS, LIMIT_SECONDS = 4, 6, 45
+RANKS, ROUNDS, LIMIT_SECONDS = 4, 6, 120
 PROGRAM = "import sys; sys.modules['matplotlib'] = None; from feddip_mpi.cli import main; main()"
 SETTINGS = {"rounds": ROUNDS, "model__name": "small_models:dropping", "recovery_timeout": 20, "watchdog": 20}
 VARIANTS: dict[str, dict[str, Any]] = {
