@@ -14,7 +14,7 @@ from torch import Tensor
 
 from feddip_mpi import codec, placement, streams
 from feddip_mpi.codec import Bytes, Message, Upload
-from feddip_mpi.errors import FeddipError, NumericalError
+from feddip_mpi.errors import FeddipError, NumericalError, RankLost
 from feddip_mpi.exchange import Exchange, Phase, Task, untimed
 from feddip_mpi.federation import Federation
 from feddip_mpi.methods.base import Opening
@@ -113,6 +113,8 @@ def opening(federation: Federation, holders: Sequence[int]) -> tuple[list[Tensor
             for client in clients:
                 if placed[client] == comm.rank:
                     uploaded += _measure(federation, asked, support, exchanges, client)
+        except RankLost:
+            raise
         except FeddipError as caught:
             error = caught
         comm.check(error)

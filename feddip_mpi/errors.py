@@ -36,6 +36,12 @@ class PeerError(FeddipError):
     exit_code = 5
 
 
+class RankLost(FeddipError):
+    """A rank died. With a fault-tolerant MPI the others go on from here, as `on_rank_failure` says."""
+
+    exit_code = 6
+
+
 class Stopped(FeddipError):
     """A signal asked the run to stop; the state was saved and `resume` continues it (EX_TEMPFAIL)."""
 

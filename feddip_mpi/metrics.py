@@ -69,6 +69,9 @@ FIELDS: dict[str, Field] = {
     ),
     "dense_bytes": Field("int", "config", "the same uploads as dense float32"),
     "ranks": Field("int", "ranks", "MPI ranks"),
+    "residuals_lost": Field(
+        "int", "ranks", "clients whose residual was lost with its rank before this round, or made older"
+    ),
     "wire_bytes": Field(
         "int", "ranks", "update bytes handed to MPI for sending, all ranks: payloads and their lengths"
     ),

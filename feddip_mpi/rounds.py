@@ -18,7 +18,7 @@ from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config, UploadConfig
-from feddip_mpi.errors import Abandoned, FeddipError, NumericalError, PeerError
+from feddip_mpi.errors import Abandoned, FeddipError, NumericalError, PeerError, RankLost
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
 from feddip_mpi.residuals import Residual
@@ -59,6 +59,7 @@ class State:
             (`download.values`); zero elsewhere.
         memories: what the method keeps besides, by name; replicated.
         opened: what was sent before the first round; the first record tells it.
+        residuals_lost: of how many clients a dead rank took residuals along since the last complete round.
     """
 
     server: Server
@@ -68,6 +69,11 @@ class State:
     owed: Tensor | None = None
     memories: dict[str, Tensor] = field(default_factory=dict)
     opened: besides.Opened | None = None
+    residuals_lost: int = 0
+
+    def become(self, other: State) -> None:
+        """Take over all of `other`: a round is complete."""
+        vars(self).update(vars(other))
 
 
 def initial_state(federation: Federation) -> State:
@@ -134,12 +140,12 @@ def run(
                 compare_replicas(comm, state.server)
                 saver.save(state, history)
             return True
-        history.append(record)
-        life.enter("checkpoint", plan.round)
-        stop = comm.any(stop_requested()) and not _is_last(federation, state)
         saving = time.perf_counter()
         # A checkpoint cannot hold how long saving it took: its last row gets the time up to here.
         _clock(record, started, saving)
+        history.append(record)
+        life.enter("checkpoint", plan.round)
+        stop = comm.any(stop_requested()) and not _is_last(federation, state)
         if plan.checkpoint or stop:
             compare_replicas(comm, state.server)
             saver.save(state, history)
@@ -213,9 +219,12 @@ class Life:
 
 
 def play(federation: Federation, state: State, plan: RoundPlan, life: Life | None = None) -> metrics.Record:
-    """One round: train, encode and send here, add up, step the replicated server, evaluate.
+    """One round: train, encode and send here, add up, step the replicated server, evaluate, commit.
 
-    Changes `state` when all that can fail is over: after an error it is that before the round.
+    Changes `state` when all that can fail is over, on all ranks or on none: after an error it is that before the round.
+
+    Raises:
+        RankLost: a rank died; on every survivor.
     """
     life = life or Life()
     comm = federation.comm
@@ -224,16 +233,18 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     comm.require_same(
         f"the plan of round {plan.round + 1}", [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES]
     )
-    _move_residuals(federation, state, placed)
+    held = _move_residuals(federation, state, placed)
     task = _task(federation, state, plan, placed)
     exchange = Exchange(comm, task, state.owed, meter.phase)
-    work, error = Work.nothing(len(plan.participants), state.held), None
+    work, error = Work.nothing(len(plan.participants), held), None
     rules: Sequence[codec.Upload] = ()
     messages: list[list[codec.Message]] = []
     try:
         _train_and_send(federation, state.server, plan, task, exchange, work, meter, life)
         rules = federation.method.extras(federation.config, plan, task.upload)
         messages = _encode_extras(federation, state.server.support, plan, rules, work)
+    except RankLost:
+        raise
     except FeddipError as caught:
         error = caught
     with meter.phase("wait"):
@@ -243,15 +254,17 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     meter.seconds["transfer"] = exchange.transfer_seconds
     extras = besides.summed(federation, messages, rules, state.server.support, plan.round, placed, meter.phase)
     with meter.phase("server"):
-        state.server, step, state.memories = federation.method.step(
-            state.server, outcome.aggregate, extras, state.memories, plan
-        )
-        _remember(state, task, outcome.aggregate)
-        state.held, state.owed = work.held, outcome.owed
+        stepped, step, memories = federation.method.step(state.server, outcome.aggregate, extras, state.memories, plan)
+    reference = _reference(state, task, outcome.aggregate)
+    after = State(stepped, work.held, _holders(state, placed), reference, outcome.owed, memories)
     with meter.phase("evaluate"):
-        scores = _evaluate(federation, state.server) if plan.evaluate else None
-    opened, state.opened = state.opened, None
-    return _record(federation, state.server, plan, work, outcome.download, step, scores, meter, opened)
+        scores = _evaluate(federation, stepped) if plan.evaluate else None
+    told = Told(outcome.download, state.opened, state.residuals_lost)
+    record = _record(federation, stepped, plan, work, told, step, scores, meter)
+    life.enter("commit", plan.round)
+    comm.commit()
+    state.become(after)
+    return record
 
 
 def _check_all(comm: Communicator, exchange: Exchange, error: FeddipError | None) -> None:
@@ -293,11 +306,13 @@ def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[in
     )
 
 
-def _remember(state: State, task: Task, combined: Aggregate) -> None:
-    """The support's sums are the server's new reference, where there is one."""
-    if state.reference is not None:
-        state.reference = state.reference.clone()
-        task.carried.put(state.reference, combined.packed)
+def _reference(state: State, task: Task, combined: Aggregate) -> Tensor | None:
+    """The server's new reference, where there is one: the support's sums at their places."""
+    if state.reference is None:
+        return None
+    reference = state.reference.clone()
+    task.carried.put(reference, combined.packed)
+    return reference
 
 
 @dataclass
@@ -329,13 +344,18 @@ def _train_and_send(
     received = server.pruned(srv.weights, srv.mask)
     if federation.trainer.hook is not None:
         federation.trainer.hook.begin_round(plan.round, plan.update_mask)
+
+    def give_up() -> bool:
+        comm.poll()  # who only trains would learn of a rank's death when it has finished
+        return life.give_up()
+
     for slot, client in enumerate(plan.participants):
         if task.placed[client] != comm.rank:
             continue
         with meter.phase("train"):
             samples = federation.partition.train[client]
             result = federation.trainer.train(
-                received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client, life.give_up
+                received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client, give_up
             )
         with meter.phase("encode"):
             for vector in (result.update, *result.extras):
@@ -449,16 +469,24 @@ def digest_of(srv: Server) -> int:
     return zlib.crc32(srv.weights.cpu().numpy().view(np.uint8).data, masks.digest(srv.mask))
 
 
-def _move_residuals(federation: Federation, state: State, placed: dict[int, int]) -> None:
-    """Send each participant's residual to the rank that will train it; this is simulation, not upload."""
+def _move_residuals(federation: Federation, state: State, placed: dict[int, int]) -> dict[int, Residual]:
+    """Send each participant's residual to the rank that will train it; this is simulation, not upload.
+
+    Returns what this rank holds in the round. `state` keeps what left until the round is complete.
+    """
     transfers = [(client, state.holders[client], rank) for client, rank in placed.items()]
-    arrived = federation.comm.move(transfers, lambda client: pack_residual(state.held.pop(client, None)))
+    held = dict(state.held)
+    arrived = federation.comm.move(transfers, lambda client: pack_residual(held.pop(client, None)))
     for client, message in arrived.items():
         residual = unpack_residual(message)
         if residual is not None:
-            state.held[client] = residual
-    for client, rank in placed.items():
-        state.holders[client] = rank
+            held[client] = residual
+    return held
+
+
+def _holders(state: State, placed: dict[int, int]) -> list[int]:
+    """Where residuals lie after a round: with who trained their clients."""
+    return [placed.get(client, holder) for client, holder in enumerate(state.holders)]
 
 
 def pack_residual(residual: Residual | None) -> np.ndarray:
@@ -510,20 +538,34 @@ class Meter:
         return [self.comm.sent[purpose] for purpose in _TRAFFIC] + [self.comm.received["update"]]
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a round's record says besides what the round itself did.
+
+    Attributes:
+        download: bytes of the sums that this rank handed on.
+        opened: what was sent before the first round, in its record.
+        residuals_lost: see `State`.
+    """
+
+    download: Bytes
+    opened: besides.Opened | None
+    residuals_lost: int
+
+
 def _record(
     federation: Federation,
     srv: Server,
     plan: RoundPlan,
     work: Work,
-    download: Bytes,
+    told: Told,
     step: server.StepReport,
     scores: evaluate.Scores | None,
     meter: Meter,
-    opened: besides.Opened | None,
 ) -> metrics.Record:
     """Merge all ranks' measurements into the round's record (names and units: metrics.FIELDS)."""
-    comm, layout = federation.comm, federation.layout
-    handed_on = [getattr(download, kind) for kind in KINDS_OF_BYTES]
+    comm, layout, opened = federation.comm, federation.layout, told.opened
+    handed_on = [getattr(told.download, kind) for kind in KINDS_OF_BYTES]
     if opened is not None:
         counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
         work.numbers[0, 3:] += [*counted, opened.uploaded.total]
@@ -560,6 +602,7 @@ def _record(
         "upload_extra_bytes": int(extra.sum()),
         "dense_bytes": 4 * layout.size * len(plan.participants),
         "ranks": comm.size,
+        "residuals_lost": told.residuals_lost,
     }
     names = (
         "wire_bytes",

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,71 @@ def ranks_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
     if not told.isascii() or not told.isdigit() or int(told) < 1:
         raise InputError(f"FEDDIP_RANKS_PER_NODE: got {told!r}; a whole number from 1, or unset: a node is a machine")
     return int(told)
+
+
+def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Open MPI was started with ULFM (`mpirun --with-ft ulfm`, which sets this parameter for the ranks)."""
+    return environment.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "on", "enabled", "t", "y")
+
+
+FAULT_PHASES = (
+    "setup", "plan", "train", "encode", "wait", "exchange", "decode", "server", "evaluate", "commit", "checkpoint",
+    "recover", "finish",
+)  # fmt: skip
+
+
+@dataclass
+class Fault:
+    """For tests: kills this process, as the kernel does when memory runs out, when it enters a phase of a round.
+
+    Attributes:
+        phase, round: when; rounds are counted from 1.
+        delay: milliseconds after that.
+    """
+
+    phase: str
+    round: int
+    delay: float
+
+    def enter(self, phase: str, round: int) -> None:
+        """The process enters `phase` of round t, counted from 0."""
+        if (phase, round + 1) != (self.phase, self.round):
+            return
+        if self.delay:
+            timer = threading.Timer(self.delay / 1000, os.kill, [os.getpid(), signal.SIGKILL])
+            timer.daemon = True
+            timer.start()
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def faults(rank: int, environment: Mapping[str, str] = os.environ) -> list[Fault]:
+    """FEDDIP_FAULT="rank=2 phase=exchange round=5 delay=3": this rank's faults; several are divided by `;`.
+
+    Raises:
+        InputError: FEDDIP_FAULT is wrong, or set without FEDDIP_TEST_FAULTS=1: no production run has it by accident.
+    """
+    text = environment.get("FEDDIP_FAULT", "").strip()
+    if text and environment.get("FEDDIP_TEST_FAULTS") != "1":
+        raise InputError(
+            f"FEDDIP_FAULT={text!r} kills ranks, for tests only: unset it, or set FEDDIP_TEST_FAULTS=1 as well"
+        )
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        words = dict(word.partition("=")[::2] for word in part.split())
+        try:
+            fault = Fault(words["phase"], int(words["round"]), float(words.get("delay", 0)))
+            valid = fault.phase in FAULT_PHASES and fault.round >= 1 and 0 <= fault.delay < float("inf")
+            if not valid or not words.keys() <= {"rank", "phase", "round", "delay"}:
+                raise ValueError
+            if int(words["rank"]) == rank:
+                found.append(fault)
+        except (KeyError, ValueError):
+            raise InputError(
+                f"FEDDIP_FAULT: got {part!r}; expected rank=R phase=PHASE round=N, N from 1, and perhaps delay=MILLISECONDS; "
+                f"PHASE is one of {', '.join(FAULT_PHASES)}"
+            ) from None
+    return found
 
 
 def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None:
@@ -231,7 +298,7 @@ class Watchdog:
     wait for others give them a quarter of the time more, so that the culprit can speak.
     """
 
-    WAITING = ("wait", "exchange", "plan", "evaluate", "checkpoint")
+    WAITING = ("wait", "exchange", "plan", "evaluate", "commit", "checkpoint", "recover")
 
     def __init__(self, seconds: float | None, rank: int, abort: Callable[[int], None]) -> None:
         """Begin to watch.
@@ -268,8 +335,30 @@ class Watchdog:
                     flush=True,
                 )
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                threading.Timer(5, os._exit, [1]).start()  # an MPI library that is stuck itself must not stop this
                 self._abort(1)
+
+
+@contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Ends this process with exit code 1 where the block takes longer than `seconds`: `what` names what it waits for."""
+
+    def end() -> None:
+        print(
+            f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "
+            "checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def start_log(folder: Path | None, rank: int) -> None:

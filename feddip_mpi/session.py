@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from feddip_mpi import (
     masks,
     methods,
     metrics,
+    recovery,
     rounds,
     runtime,
     schedules,
@@ -31,7 +33,7 @@ from feddip_mpi import (
 from feddip_mpi.checkpoint import Loaded, Snapshot
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config
-from feddip_mpi.errors import FeddipError, InputError, Stopped
+from feddip_mpi.errors import FeddipError, InputError, RankLost, Stopped
 from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
 from feddip_mpi.metrics import Record
@@ -45,6 +47,9 @@ from feddip_mpi.writer import Writer, saving
 T = TypeVar("T")
 # Residuals of so many bytes wait in memory for the thread that writes a checkpoint (`FolderSaver`).
 _KEPT_BYTES = 1 << 26
+
+# The lock of a rank that has died is free as soon as its kernel has cleaned up; on a network a moment later.
+_LOCK_SECONDS = 10.0
 
 
 def on_root(comm: Communicator, work: Callable[[], T]) -> T:
@@ -80,18 +85,39 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
     with ExitStack() as held:
         on_root(comm, lambda: _hold(held, folder.create(settings)))
         _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
-        _begin(built, folder, stop)
+        _begin(built, Run(folder, stop, held, owner=comm.rank == 0))
+
+
+@dataclass
+class Run:
+    """A command's hold on its folder.
+
+    Attributes:
+        folder: of the run.
+        stop: set by signals.
+        held: releases the lock.
+        owner: whether this rank has the lock.
+        created: ISO 8601 time at which the run began.
+        faults: that tests have ordered for this rank.
+    """
+
+    folder: RunFolder
+    stop: runtime.StopFlag
+    held: ExitStack
+    owner: bool
+    created: str = ""
+    faults: list[runtime.Fault] = field(default_factory=list)
 
 
 def _hold(held: ExitStack, lock: Lock) -> None:
     held.callback(lock.release)
 
 
-def _begin(built: Federation, folder: RunFolder, stop: runtime.StopFlag) -> None:
+def _begin(built: Federation, run: Run) -> None:
     """Play a run from its first round on."""
     state = rounds.initial_state(built)
-    created = on_root(built.comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    _play(built, folder, state, [], created, stop)
+    run.created = on_root(built.comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    _play(built, run, state, [])
 
 
 def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
@@ -140,13 +166,14 @@ def _resume(
             terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
         return
     built = build(comm, settings)
+    run = Run(folder, stop, held, owner=comm.rank == 0)
     if done == 0:
         on_root(comm, lambda: _reopen(folder, settings))
-        _begin(built, folder, stop)
+        _begin(built, run)
         return
-    state, history, created = _restore(built, loaded[0] if loaded else None)
+    state, history, run.created = _restore(built, loaded[0] if loaded else None)
     on_root(comm, lambda: _reopen(folder, settings))  # not before: data that does not fit must change nothing
-    _play(built, folder, state, history, created, stop)
+    _play(built, run, state, history)
 
 
 def _require_extras(settings: Config) -> None:
@@ -196,6 +223,8 @@ def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
 def build(comm: Communicator, settings: Config) -> Federation:
     """This rank's device, then everything of `federation.build`. An error on one rank is raised on all."""
     error, device = None, torch.device("cpu")
+    for fault in runtime.faults(comm.rank):
+        fault.enter("setup", 0)
     try:
         if settings.upload.entropy == "zstd":
             entropy.require()
@@ -207,7 +236,10 @@ def build(comm: Communicator, settings: Config) -> Federation:
 
 
 def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Record], str]:
-    """The checkpoint's state on every rank; rank 0 has read it."""
+    """The checkpoint's state, history and time of creation on every rank; rank 0 has read it.
+
+    The history is rank 0's alone unless MPI is fault tolerant: then each may have to take its place.
+    """
     comm, layout, device = built.comm, built.layout, built.device
 
     def check() -> list[Any]:
@@ -224,32 +256,18 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
 
     weights = everywhere(loaded.server.weights.numpy() if loaded else None)
     srv = server.Server.of(done, weights, everywhere(loaded.server.mask.numpy() if loaded else None))
-    memories = {name: everywhere(loaded.memories[name] if loaded else None) for name in names}
+    memories: dict[str, Any] = {name: everywhere(loaded.memories[name] if loaded else None) for name in names}
     if "owed" in memories:  # each rank owes for its slice alone, also on another number of ranks
         kind = built.config.upload.values
         memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
     holders = rounds.initial_holders(built.config.clients, comm.size)
-    held = _hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None)
+    held = recovery.hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None)
     assert srv.weights.numel() == layout.size
     reference, owed = memories.pop("reference", None), memories.pop("owed", None)
-    return State(srv, held, holders, reference, owed, memories), list(loaded.history) if loaded else [], created
-
-
-def _hand_out(
-    comm: Communicator, clients: Sequence[int], holders: Sequence[int], stored: Iterator[tuple[int, Residual]] | None
-) -> dict[int, Residual]:
-    """Stored residuals to their holders, one at a time: rank 0 never has two of them in memory for others."""
-    held = {}
-    for client in clients:
-        residual = next(stored)[1] if stored else None
-        arrived = comm.move([(client, 0, holders[client])], lambda _, r=residual: rounds.pack_residual(r))  # type: ignore[misc]
-        mine = residual if holders[client] == comm.rank == 0 else None
-        if client in arrived:
-            mine = rounds.unpack_residual(arrived[client])
-        if mine is not None:
-            held[client] = mine
-        del residual, mine, arrived  # before the next one is read
-    return held
+    history = list(loaded.history) if loaded else []
+    if comm.fault_tolerant:
+        history = comm.broadcast(history)
+    return State(srv, held, holders, reference, owed, memories), history, created
 
 
 def check_same(built: Federation, loaded: Loaded) -> None:
@@ -262,11 +280,23 @@ def check_same(built: Federation, loaded: Loaded) -> None:
     checkpoint.check_model(loaded, built.layout)
 
 
-def _play(
-    built: Federation, folder: RunFolder, state: State, history: list[Record], created: str, stop: runtime.StopFlag
-) -> None:
-    comm = built.comm
-    saver = FolderSaver(built, folder, created)
+def _play(built: Federation, run: Run, state: State, history: list[Record]) -> None:
+    """Play what is left of a run, on the ranks that are left."""
+    run.faults = runtime.faults(built.comm.rank)
+    while True:
+        try:
+            _play_on(built, run, state, history)
+            built.comm.commit()  # nobody leaves before the marker is written
+            return
+        except RankLost as lost:
+            if built.config.on_rank_failure == "abort":
+                raise RankLost(f"{lost}; `feddip-mpi resume {run.folder.path}` goes on") from None
+            state, history = _recover(built, run, state, history)
+
+
+def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -> None:
+    comm, folder, stop = built.comm, run.folder, run.stop
+    saver = FolderSaver(built, folder, run.created)
     sinks: list[metrics.Sink] = []  # of rank 0
     on_root(
         comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, history, built.config.tensorboard))
@@ -286,9 +316,7 @@ def _play(
                 chosen = {name: record[name] for name in ("mask_delayed", "penalty_scale", "regrow_scale")}
                 log.info("adaptive control in round %d: %s", record["round"], chosen)
 
-    grace = built.config.stop_grace
-    watchdog = runtime.Watchdog(built.config.watchdog, comm.rank, comm.abort)
-    life = rounds.Life(lambda: stop.expired(grace), watchdog.enter)
+    watchdog, life = _watched(built, run)
     try:
         stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested, life)
         saver.wait()
@@ -304,7 +332,97 @@ def _play(
     if stopped:
         message = f"stopped by a signal after round {state.server.round}; `feddip-mpi resume {folder.path}` goes on"
         comm.check(Stopped(message))
+    for fault in run.faults:
+        fault.enter("finish", state.server.round - 1)
     _finish(built, folder, state, history)
+
+
+def _watched(built: Federation, run: Run) -> tuple[runtime.Watchdog, rounds.Life]:
+    comm, grace = built.comm, built.config.stop_grace
+    watchdog = runtime.Watchdog(built.config.watchdog, comm.world_ranks[comm.rank], comm.abort)
+
+    def enter(phase: str, round: int) -> None:
+        watchdog.enter(phase, round)
+        for fault in run.faults:
+            fault.enter(phase, round)
+
+    return watchdog, rounds.Life(lambda: run.stop.expired(grace), enter)
+
+
+def _recover(built: Federation, run: Run, state: State, history: list[Record]) -> tuple[State, list[Record]]:
+    """What the survivors go on from, after any number of further deaths."""
+    comm, settings = built.comm, built.config
+    started = time.monotonic()
+    watchdog, life = _watched(built, run)
+    try:
+        while True:
+            try:
+                with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
+                    state.holders = recovery.renumber(state.holders, comm.shrink())
+                life.enter("recover", state.server.round)
+                _take_over_folder(comm, run)
+                state, history, how = _mended(built, run, state, history)
+            except RankLost:
+                continue
+            break
+    finally:
+        watchdog.close()
+    if comm.rank == 0:
+        dead, left = ", ".join(map(str, comm.lost_ranks)), comm.size
+        message = f"rank {dead} of the start died: {left} go on after round {state.server.round} ({how})"
+        log.warning("%s; %.2f s to recover", message, time.monotonic() - started)
+    return state, history
+
+
+def _take_over_folder(comm: Communicator, run: Run) -> None:
+    """Lock and log go to the new rank 0. Raises InputError on all ranks where the old one still lives somewhere."""
+    runtime.start_log(run.folder.path, comm.rank)
+
+    def lock() -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not run.owner:
+            try:
+                _hold(run.held, Lock(run.folder))
+                run.owner = True
+            except InputError:  # the kernel may still be at the dead process's files
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    on_root(comm, lock)
+
+
+def _mended(built: Federation, run: Run, state: State, history: list[Record]) -> tuple[State, list[Record], str]:
+    """State and history to go on from, and in words where that is. Raises RankLost."""
+    comm, folder = built.comm, run.folder
+    loaded: list[Loaded] = []
+
+    def read() -> str:
+        if checkpoint.listed(folder.checkpoints):
+            found, refused = checkpoint.newest(folder.checkpoints)
+            loaded.append(found)
+            for reason in refused:
+                log.warning("refused a checkpoint: %s", reason)
+        return loaded[0].path.name if loaded else ""
+
+    name = on_root(comm, read)
+    if built.config.on_rank_failure == "continue":
+        saved = (loaded[0].server.round, loaded[0].path) if loaded else None
+        found = recovery.take_over(built, state, history, saved)
+        if found is not None:
+            taken, losses = found
+            state.become(taken)  # also when yet another rank dies below: what is lost is counted once
+            if comm.rank == 0:
+                log.warning("%s", losses)
+            if name != checkpoint.path_of(folder.checkpoints, state.server.round).name and state.server.round:
+                saver = FolderSaver(built, folder, run.created)
+                saver.save(state, history)
+                saver.wait()
+            return state, history, "nothing is played again"
+    if not name:
+        return rounds.initial_state(built), [], "from the start: nothing was saved"
+    state, history, _ = _restore(built, loaded[0] if loaded else None)
+    return state, history, f"rewound to {name}"
 
 
 def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
@@ -331,6 +449,7 @@ def summarise(
     return {
         "rounds": last["round"],
         "ranks": built.comm.size,
+        "ranks_lost": built.comm.lost_ranks,
         "test_accuracy": accuracy,
         "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
         "test_accuracy_spread_of_last_5": max(scored) - min(scored),

@@ -8,6 +8,7 @@
 #   MPIRUN          the mpirun or mpiexec that belongs to the MPI library                            (mpirun)
 #   PMI             what srun speaks: pmix (Open MPI), pmi2 (MPICH), cray_shasta, pspmix, ...        (pmix)
 #   LAUNCH_OPTIONS  more options of the launcher, an array
+#   SURVIVE         1: ranks that die do not end the run, the others go on (on_rank_failure); Open MPI >= 5, mpirun only
 #   RANKS           number of ranks; empty: as many as the allocation has tasks
 #   REQUEUE         1: after a stop that was saved the job is put back into the queue; 0: it just ends
 #   MODULES, VENV   modules to load and virtual environment to use; empty: as they are
@@ -114,15 +115,30 @@ record_start() {
 # Sets COMMAND, the launcher with its options.
 launcher_command() {
     case $LAUNCHER in
-        mpirun) COMMAND=("${MPIRUN:-mpirun}") ;;
+        mpirun)
+            COMMAND=("${MPIRUN:-mpirun}")
+            [[ ${SURVIVE:-0} == 1 ]] && COMMAND+=(--with-ft ulfm)
+            ;;
         # A rank that dies ends the others, but not at once: at a stop all ranks leave with 75 within moments, and srun
         # would report the one that it had killed.
         srun) COMMAND=(srun "--mpi=${PMI:-pmix}" --kill-on-bad-exit=0 --wait=60) ;;
         *) die 2 "LAUNCHER=$LAUNCHER: must be mpirun or srun" ;;
     esac
+    [[ ${SURVIVE:-0} == 1 && $LAUNCHER != mpirun ]] &&
+        die 2 "SURVIVE=1: srun ends all ranks when one dies; use LAUNCHER=mpirun, or SURVIVE=0"
     [[ -n ${RANKS:-} ]] && COMMAND+=(-n "$RANKS")
     COMMAND+=("${LAUNCH_OPTIONS[@]}")
     command -v "${COMMAND[0]}" >/dev/null || die 2 "${COMMAND[0]}: not on PATH; load the MPI module, or set MODULES or VENV"
+}
+
+# mpirun may stay for ever after a death, though all ranks have ended: the marker says that nothing is left to wait for.
+end_after_marker() {
+    local pid=$1 patience=30
+    while kill -0 "$pid" 2>/dev/null && ((patience > 0)); do
+        [[ -e $RUN/finished.json ]] && ((patience -= 1))
+        sleep 1
+    done
+    ((patience > 0)) || { say "$RUN is finished, but $LAUNCHER has not ended: killed" && kill -KILL "$pid"; }
 }
 
 # Runs a command in the background and sets CODE to its exit code. A signal ends `wait` early; asked again, bash still
@@ -130,6 +146,9 @@ launcher_command() {
 wait_for() {
     "$@" &
     LAUNCHER_PID=$!
+    if [[ ${SURVIVE:-0} == 1 ]]; then
+        end_after_marker "$LAUNCHER_PID" &
+    fi
     [[ -n $STOP ]] && forward # it came before there was anything to pass it to
     while :; do
         INTERRUPTED=

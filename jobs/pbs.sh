@@ -24,6 +24,7 @@ MPIRUN=${MPIRUN:-mpirun}             # or mpiexec; one that knows PBS takes host
 MODULES=${MODULES:-}                 # e.g. "gcc openmpi"
 VENV=${FEDDIP_VENV:-}                # virtual environment on a file system that all nodes share; empty: python on PATH
 THREADS=${THREADS:-1}
+SURVIVE=${SURVIVE:-0}                # 1: a run goes on without ranks that die (docs/clusters.md); mpirun of Open MPI >= 5 only
 LAUNCH_OPTIONS=()                    # where mpirun does not know PBS: (--hostfile "$PBS_NODEFILE")
 # ---- end of the settings ----
 

@@ -28,6 +28,7 @@ MODULES=${MODULES:-}         # e.g. "gcc openmpi"
 VENV=${FEDDIP_VENV:-}        # virtual environment; empty: the python on PATH
 THREADS=${THREADS:-1}
 REQUEUE=${REQUEUE:-1}
+SURVIVE=${SURVIVE:-0}        # 1: a run goes on without ranks that die (docs/clusters.md); mpirun of Open MPI >= 5 only
 LAUNCH_OPTIONS=()            # more options of the launcher, e.g. (--bind-to core) or (--cpu-bind=cores)
 # ---- end of the settings ----
 

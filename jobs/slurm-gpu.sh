@@ -29,6 +29,7 @@ MODULES=${MODULES:-}         # e.g. "gcc cuda openmpi"
 VENV=${FEDDIP_VENV:-}        # virtual environment on a file system that all nodes share; empty: the python on PATH
 THREADS=${THREADS:-1}
 REQUEUE=${REQUEUE:-1}
+SURVIVE=${SURVIVE:-0}        # 1: a run goes on without ranks that die (docs/clusters.md); mpirun of Open MPI >= 5 only
 LAUNCH_OPTIONS=()            # more options of the launcher, e.g. (--bind-to none) or (--cpu-bind=cores)
 # ---- end of the settings ----
 

@@ -136,6 +136,14 @@ def requeue(job: Job, started: Started, then: Callable[[], object] = lambda: Non
     then()
 
 
+def test_a_rank_that_dies_does_not_end_the_job(started: Started, never_stopped: Path) -> None:
+    launch.require("ulfm")
+    fault = {"FEDDIP_FAULT": "rank=0 phase=exchange round=7", "FEDDIP_TEST_FAULTS": "1"}
+    job = started.submit("slurm-cpu.sh", *TWO_NODES, SURVIVE="1", **fault).wait().expect("COMPLETED", 0)
+    assert json.loads((started.run / "finished.json").read_text())["ranks_lost"] == [0], job.text
+    runs.assert_equal(never_stopped, started.run)
+
+
 @pytest.mark.parametrize(
     "script, options, settings",
     [

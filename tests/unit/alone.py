@@ -19,6 +19,7 @@ class Alone:
     """
 
     rank, size, node_rank = 0, 1, 0
+    fault_tolerant = damaged = False
 
     def __init__(self, background: bool = False) -> None:
         self.background = background
@@ -84,6 +85,12 @@ class Alone:
         self.calls["allreduce"] += 1
         assert values.dtype == np.float32
         return values.copy()
+
+    def commit(self) -> None:
+        pass
+
+    def poll(self) -> None:
+        pass
 
     def move(self, transfers: list[tuple[int, int, int]], outgoing: Any) -> dict[int, np.ndarray]:
         assert all(source == destination == 0 for _, source, destination in transfers)

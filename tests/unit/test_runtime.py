@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,3 +195,49 @@ def test_ranks_per_node() -> None:
     for wrong in ("0", "-1", "two", "1.5", "²"):
         with pytest.raises(InputError, match="FEDDIP_RANKS_PER_NODE"):
             runtime.ranks_per_node({"FEDDIP_RANKS_PER_NODE": wrong})
+
+
+@pytest.mark.parametrize(
+    ("environment", "tolerant"),
+    [({}, False), ({"OMPI_MCA_mpi_ft_enable": "0"}, False), ({"OMPI_MCA_mpi_ft_enable": "1"}, True)],
+)
+def test_mpirun_tells_the_ranks_that_they_may_survive(environment: dict[str, str], tolerant: bool) -> None:
+    assert runtime.fault_tolerant(environment) is tolerant
+
+
+def test_a_fault_names_rank_phase_and_round() -> None:
+    told = {
+        "FEDDIP_FAULT": "rank=2 phase=train round=3; rank=0 phase=commit round=1 delay=2.5",
+        "FEDDIP_TEST_FAULTS": "1",
+    }
+    assert runtime.faults(2, told) == [runtime.Fault("train", 3, 0)]
+    assert runtime.faults(0, told) == [runtime.Fault("commit", 1, 2.5)]
+    assert runtime.faults(1, told) == runtime.faults(0, {}) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank=0 phase=lunch round=1", "rank=0 phase=train round=0", "rank=x phase=train round=1", "phase=train round=1", "now",
+        "rank=0 phase=train round=1 delay=-1", "rank=0 phase=train round=1 delay=nan", "rank=0 phase=train round=1 how=x",
+    ],
+)  # fmt: skip
+def test_a_wrong_fault_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="FEDDIP_FAULT: got .*PHASE is one of setup, plan"):
+        runtime.faults(0, {"FEDDIP_FAULT": text, "FEDDIP_TEST_FAULTS": "1"})
+
+
+def test_faults_need_a_second_word() -> None:
+    with pytest.raises(InputError, match="FEDDIP_TEST_FAULTS=1"):
+        runtime.faults(0, {"FEDDIP_FAULT": "rank=0 phase=train round=1"})
+
+
+def test_a_deadline_ends_the_process_and_says_what_it_waited_for() -> None:
+    code = (
+        "import time; from feddip_mpi import runtime\nwith runtime.deadline(0.1, 'waiting for nobody'): time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert "waiting for nobody took more than 0.1 s" in done.stderr and "resume" in done.stderr
+    with runtime.deadline(60, "nothing"):
+        pass

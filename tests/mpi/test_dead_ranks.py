@@ -1,0 +1,115 @@
+"""Ranks that are killed, under an MPI that survives it: the others go on, with the right bits, or all end soon."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import launch
+import pytest
+import runs
+
+pytestmark = pytest.mark.mpi
+
+TINY = {"model__name": "small_models:dropping", "recovery_timeout": 20}
+DROP = {"upload__residual": "drop", "on_rank_failure": "continue"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "empty.yaml"
+    path.write_text("")
+    return path
+
+
+@pytest.fixture(scope="module")
+def never_failed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs `keep` and `drop` on one rank."""
+    folder = tmp_path_factory.mktemp("never")
+    argv = [runs.train(config, folder / "keep", **TINY), runs.train(config, folder / "drop", **TINY, **DROP)]
+    runs.play([{"argv": words} for words in argv], folder / "steps", None)
+    return folder
+
+
+def killed(config: Path, run: Path, faults: str, ranks: int = 3, **changes: Any) -> launch.Result:
+    """Train on ranks of which FEDDIP_FAULT kills some; mpirun's exit code says nothing then, and is not looked at."""
+    argv = [*launch.FEDDIP, *runs.train(config, run, **TINY, **changes)]
+    extra = {"FEDDIP_FAULT": faults, "FEDDIP_TEST_FAULTS": "1"}
+    done = launch.run(argv, ranks, "ulfm", 90, extra)
+    assert done.orphans == 0, done.text
+    return done
+
+
+def lost_ranks(run: Path) -> list[int]:
+    return json.loads((run / "finished.json").read_text())["ranks_lost"]
+
+
+def test_every_call_tells_of_a_death_and_the_others_shrink() -> None:
+    program = launch.PROGRAMS / "deaths.py"
+    checks = re.findall(r"^def (check_\w+)", program.read_text(encoding="utf-8"), re.MULTILINE)
+    done = launch.run([str(program)], len(checks) + 1, "ulfm", 60)
+    assert re.findall(r"passed (\w+)", done.text) == checks, done.text
+    assert done.orphans == 0 and "leave() came back" not in done.text
+
+
+def test_rewind_changes_no_bit_down_to_one_rank(config: Path, never_failed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = killed(config, run, "rank=1 phase=exchange round=4; rank=0 phase=train round=5 delay=2")
+    assert (run / "finished.json").exists(), done.text
+    assert lost_ranks(run) == [1, 0]
+    runs.assert_equal(never_failed / "keep", run)
+    rows = runs.lines(run)
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5], "rows of rounds that were played twice stand there once"
+    assert [row["ranks"] for row in rows] == [3, 3, 2, 2, 1]
+    log = (run / "run.log").read_text()
+    assert "rank 1 of the start died: 2 go on after round 2 (rewound to round-000002.h5)" in log
+    assert "rank 1, 0 of the start died: 1 go on after round 4 (rewound to round-000004.h5)" in log
+
+
+def test_continue_plays_no_round_twice(config: Path, never_failed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = killed(config, run, "rank=0 phase=decode round=4", **DROP)
+    assert (run / "finished.json").exists(), done.text
+    runs.assert_equal(never_failed / "drop", run)
+    assert [row["ranks"] for row in runs.lines(run)] == [3, 3, 3, 2, 2]
+    log = (run / "run.log").read_text()
+    assert "residuals lost: none" in log and "2 go on after round 3 (nothing is played again)" in log
+
+
+def test_continue_says_what_is_lost(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes = {"on_rank_failure": "continue", "exchange": "sharded", "download__values": "int8"}
+    done = killed(config, run, "rank=1 phase=encode round=4", **changes)
+    assert (run / "finished.json").exists(), done.text
+    rows = runs.lines(run)
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5]
+    told = re.findall(r"WARNING residuals lost: (.*)", (run / "run.log").read_text())
+    assert len(told) == 1 and told[0].endswith("; what the dead ranks had rounded off the sums")
+    clients = [(int(client), int(round)) for client, round in re.findall(r"client (\d+) \(round (\d+)\)", told[0])]
+    # Saved after round 2: of the rank's clients those are lost that took part in round 3.
+    assert clients and all(round == 3 and client in rows[2]["participants"] for client, round in clients)
+    assert [row["residuals_lost"] for row in rows] == [0, 0, 0, len(clients), 0]
+
+
+def test_abort_ends_all_and_resume_goes_on(config: Path, never_failed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = killed(config, run, "rank=2 phase=evaluate round=4 delay=1", on_rank_failure="abort")
+    assert done.code != 0 and not (run / "finished.json").exists(), done.text
+    assert "a rank died" in done.text and f"resume {run}" in done.text
+    launch.run([*launch.FEDDIP, "resume", str(run), "--set", "on_rank_failure=rewind"], 2).expect(0)
+    ours, theirs = (runs.contents(runs.newest(path)) for path in (never_failed / "keep", run))
+    assert ours == theirs
+
+
+def test_a_death_before_the_first_round_ends_all(config: Path, tmp_path: Path) -> None:
+    done = killed(config, tmp_path / "run", "rank=1 phase=setup round=1")
+    assert done.code != 0 and not (tmp_path / "run" / "finished.json").exists()
+    assert "a rank died" in done.text
+
+
+def test_faults_are_for_tests_only(config: Path, tmp_path: Path) -> None:
+    argv = [*launch.FEDDIP, *runs.train(config, tmp_path / "run", **TINY)]
+    done = launch.run(argv, None, extra={"FEDDIP_FAULT": "rank=0 phase=train round=1"}).expect(2)
+    assert "FEDDIP_TEST_FAULTS=1" in done.text
