@@ -186,7 +186,9 @@ def refused_and_replaced(folder: Path, damaged: Path, good: int) -> str:
         return f"round {loaded.server.round} taken, not {good}"
     if len(refused) != 1 or str(damaged) not in refused[0] or len(refused[0]) < len(str(damaged)) + 10:
         return f"not told: {refused}"
-    return here("verify", str(damaged)).problem(3, "DAMAGED", str(damaged), "1 of 1 files damaged")
+    # A folder that `verify` is given is looked into: what stands in a file's place is found through the folder around it.
+    path, count = (folder, 3) if damaged.is_dir() else (damaged, 1)
+    return here("verify", str(path)).problem(3, "DAMAGED", str(damaged), f"1 of {count} files damaged")
 
 
 class Tables:
@@ -261,8 +263,10 @@ class Tables:
         yield row
 
     def fault_flipped_attributes(self) -> Iterator[Row]:
-        row = Row("one bit flipped in the value of every attribute")
-        for name, position in self.attributes():
+        places, count = self.attributes()
+        row = Row(f"one bit flipped in the value of an attribute, {len(places)} of {count} attributes, no byte twice")
+        assert len({position for _, position in places}) == len(places)
+        for name, position in places:
             self.alter(self.flipped(position), row, name)
         self.restore()
         yield row
@@ -277,27 +281,41 @@ class Tables:
         self.restore()
         yield row
 
-    def attributes(self) -> list[tuple[str, int]]:
-        """Name, and place in the file of a byte of the value, of every attribute whose value is found there."""
-        found: dict[str, bytes] = {}
+    def attributes(self) -> tuple[list[tuple[str, int]], int]:
+        """(name, place of a byte of its value) of the attributes found in the file, no place twice; how many there are.
+
+        Equal values stand in the file once for each attribute: each occurrence is taken by one of them.
+        """
+        found: list[tuple[str, bytes]] = []
 
         def add(name: str, node: Any) -> None:
             for key, value in node.attrs.items():
-                raw = value.encode() if isinstance(value, str) else np.asarray(value).tobytes()
-                found[f"{name}@{key}"] = raw
+                found.append(
+                    (f"{name}@{key}", value.encode() if isinstance(value, str) else np.asarray(value).tobytes())
+                )
 
         with h5py.File(self.newest) as file:
             add("/", file)
             file.visititems(lambda name, node: add(name, node))
+        arrays = sorted(self.sections().values())
+        used: set[int] = set()
         places = []
-        for name, raw in found.items():
-            key = name.rpartition("@")[2].encode() + b"\0"
-            # Values of a few bytes stand behind their name, long texts in a heap of their own.
-            start = self.whole.find(raw) if len(raw) > 8 else self.whole.find(raw, self.whole.find(key))
-            if start >= 0:
+        for name, raw in found:
+            start = next((at for at in self._values(name.rpartition("@")[2], raw, arrays) if at not in used), None)
+            if start is not None:
+                used.add(start)
                 places.append((name, start + self.random.randrange(len(raw))))
-        assert len(places) > 0.9 * len(found)
-        return places
+        return places, len(found)
+
+    def _values(self, key: str, raw: bytes, arrays: list[tuple[int, int]]) -> Iterator[int]:
+        """Where a value stands outside of arrays: numbers shortly behind the name of their attribute, texts in heaps."""
+        at = self.whole.find(raw, 608) if raw else -1
+        while at >= 0:
+            array = any(offset <= at < offset + size for offset, size in arrays)
+            near = len(raw) > 8 or raw.isalpha() or key.encode() + b"\0" in self.whole[max(0, at - 96) : at]
+            if near and not array:
+                yield at
+            at = self.whole.find(raw, at + 1)
 
     def fault_killed(self) -> Iterator[Row]:
         """SIGKILL in the middle of writing, again and again, to one run that is resumed each time."""
