@@ -59,8 +59,8 @@ def draw(seed: int, number: int) -> tuple[str, list[dict[str, Any]]]:
     variant = rng.choice(list(VARIANTS))
     faults = []
     for rank in rng.sample(range(RANKS), rng.choices((1, 2, 3), (0.4, 0.3, 0.3))[0]):
-        phase = PHASES[number % len(PHASES)] if not faults else rng.choice([*PHASES, "recover"])
-        last = ROUNDS if phase == "finish" else rng.randint(1, ROUNDS)
+        phase = PHASES[number % len(PHASES)] if not faults else rng.choice([*PHASES, *4 * ["recover"]])
+        last = {"finish": ROUNDS, "recover": 1}.get(phase) or rng.randint(1, ROUNDS)
         delay = 0 if rng.random() < 0.3 else round(rng.uniform(0, 30), 1)
         faults.append({"rank": rank, "phase": phase, "round": last, "delay": delay})
     return variant, faults

@@ -382,7 +382,7 @@ RESUMABLE_KEYS = (
 )  # fmt: skip
 
 # These change neither a bit of a run's result nor what is measured of it.
-_WITHOUT_MEANING = ("data.path", "data.download", "stop_grace", "watchdog", "tensorboard")
+_WITHOUT_MEANING = ("data.path", "data.download", "stop_grace", "watchdog", "tensorboard", "recovery_timeout")
 
 
 def is_without_meaning(key: str) -> bool:

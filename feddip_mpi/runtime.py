@@ -82,7 +82,7 @@ class Fault:
     """For tests: kills this process, as the kernel does when memory runs out, when it enters a phase of a round.
 
     Attributes:
-        phase, round: when; rounds are counted from 1.
+        phase, round: when; rounds are counted from 1, and so are recoveries where the phase is `recover`.
         delay: milliseconds after that.
     """
 

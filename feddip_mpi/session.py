@@ -99,6 +99,8 @@ class Run:
         owner: whether this rank has the lock.
         created: ISO 8601 time at which the run began.
         faults: that tests have ordered for this rank.
+        saver: may still be writing when a rank dies.
+        recoveries: how many have begun.
     """
 
     folder: RunFolder
@@ -107,6 +109,14 @@ class Run:
     owner: bool
     created: str = ""
     faults: list[runtime.Fault] = field(default_factory=list)
+    saver: FolderSaver | None = None
+    recoveries: int = 0
+
+    def finish_writing(self) -> None:
+        """Let a file that is being written become complete, on this rank alone."""
+        if self.saver is not None:
+            self.saver.close()
+        self.saver = None
 
 
 def _hold(held: ExitStack, lock: Lock) -> None:
@@ -256,7 +266,7 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
 
     weights = everywhere(loaded.server.weights.numpy() if loaded else None)
     srv = server.Server.of(done, weights, everywhere(loaded.server.mask.numpy() if loaded else None))
-    memories: dict[str, Any] = {name: everywhere(loaded.memories[name] if loaded else None) for name in names}
+    memories = {name: everywhere(loaded.memories[name] if loaded else None) for name in names}
     if "owed" in memories:  # each rank owes for its slice alone, also on another number of ranks
         kind = built.config.upload.values
         memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
@@ -290,13 +300,14 @@ def _play(built: Federation, run: Run, state: State, history: list[Record]) -> N
             return
         except RankLost as lost:
             if built.config.on_rank_failure == "abort":
+                run.finish_writing()
                 raise RankLost(f"{lost}; `feddip-mpi resume {run.folder.path}` goes on") from None
             state, history = _recover(built, run, state, history)
 
 
 def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -> None:
     comm, folder, stop = built.comm, run.folder, run.stop
-    saver = FolderSaver(built, folder, run.created)
+    saver = run.saver = FolderSaver(built, folder, run.created)
     sinks: list[metrics.Sink] = []  # of rank 0
     on_root(
         comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, history, built.config.tensorboard))
@@ -320,6 +331,8 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
     try:
         stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested, life)
         saver.wait()
+    except RankLost:  # the others wait for this rank: what is being written has time until they have found each other
+        raise
     except FeddipError:
         saver.close()
         raise
@@ -353,13 +366,17 @@ def _recover(built: Federation, run: Run, state: State, history: list[Record]) -
     """What the survivors go on from, after any number of further deaths."""
     comm, settings = built.comm, built.config
     started = time.monotonic()
-    watchdog, life = _watched(built, run)
+    watchdog, _ = _watched(built, run)
     try:
         while True:
             try:
                 with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
                     state.holders = recovery.renumber(state.holders, comm.shrink())
-                life.enter("recover", state.server.round)
+                watchdog.enter("recover", state.server.round)
+                for fault in run.faults:
+                    fault.enter("recover", run.recoveries)
+                run.recoveries += 1
+                run.finish_writing()
                 _take_over_folder(comm, run)
                 state, history, how = _mended(built, run, state, history)
             except RankLost:
@@ -415,14 +432,21 @@ def _mended(built: Federation, run: Run, state: State, history: list[Record]) ->
             if comm.rank == 0:
                 log.warning("%s", losses)
             if name != checkpoint.path_of(folder.checkpoints, state.server.round).name and state.server.round:
-                saver = FolderSaver(built, folder, run.created)
-                saver.save(state, history)
-                saver.wait()
+                _save_now(FolderSaver(built, folder, run.created), state, history)
             return state, history, "nothing is played again"
     if not name:
         return rounds.initial_state(built), [], "from the start: nothing was saved"
     state, history, _ = _restore(built, loaded[0] if loaded else None)
     return state, history, f"rewound to {name}"
+
+
+def _save_now(saver: FolderSaver, state: State, history: list[Record]) -> None:
+    try:
+        saver.save(state, history)
+        saver.wait()
+    except FeddipError:
+        saver.close()  # nothing else may write that file at the same time
+        raise
 
 
 def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
