@@ -275,12 +275,21 @@ def keep_big_blocks(environment: Mapping[str, str] = os.environ) -> bool:
 
 def peak_memory(device: torch.device | None = None) -> tuple[int, int]:
     """(host, device) peak bytes of this process."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = _peak_resident()
     if device is None or device.type != "cuda":
         return host, 0
     import torch
 
     return host, int(torch.cuda.max_memory_allocated(device))
+
+
+def _peak_resident() -> int:
+    """Peak resident bytes of this program. `getrusage` would count what the process was before it became this program."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class StopFlag:

@@ -150,6 +150,15 @@ def test_peak_memory_is_in_bytes() -> None:
     assert device == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere only getrusage is there")
+def test_peak_memory_is_not_that_of_the_launcher() -> None:
+    """A launcher with much memory starts a small program: its peak is not handed down."""
+    large = torch.ones(2**27)  # 512 MB
+    program = "from feddip_mpi import runtime; print(runtime.peak_memory()[0])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3e8 < 4 * large.numel()
+
+
 @pytest.fixture
 def own_log() -> Iterator[None]:
     log = runtime.log
