@@ -34,7 +34,9 @@ def played(built: Federation, folder: Path) -> tuple[rounds.State, list[dict[str
     for t in range(DONE):
         history.append(rounds.play(built, state, plan_round(built.config, t)))
         if t + 1 == SAVED:
-            session.FolderSaver(built, paths, "2026-01-02T03:04:05+0000").save(state, history)
+            saver = session.FolderSaver(built, paths, "2026-01-02T03:04:05+0000")
+            saver.save(state, history)
+            saver.wait()
     return state, history, (SAVED, checkpoint.path_of(paths.checkpoints, SAVED))
 
 
