@@ -157,6 +157,19 @@ class UploadConfig(_Section):
         "keep", description="what a client keeps of the part it did not send; ef21: both sides keep a reference instead"
     )
     residual_decay: float = Field(0.9, ge=0, le=1, description="factor per absent round (upload.residual: decay)")
+    residual_values: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="how a residual is kept; bf16: half the memory, and what rounding takes away is lost (not with ef21)",
+    )
+    residual_memory: int = Field(
+        1024,
+        ge=0,
+        le=2**30,
+        description="megabytes (2^20 bytes) of residuals a rank keeps in memory; others go to a file",
+    )
+    residual_folder: str | None = Field(
+        None, description="where that file lies; none: the system's folder for temporary files ($TMPDIR)"
+    )
     entropy: Literal["none", "zstd"] = Field(
         "none", description="entropy coding of the values (package zstandard), where it makes them shorter"
     )
@@ -315,6 +328,9 @@ class Config(_Section):
         "allgatherv",
         description="how updates reach all ranks; the first three give the same bits, auto picks one of them",
     )
+    balance: Literal["samples", "speed"] = Field(
+        "samples", description="a rank's share of the work: equal images, or by its measured speed; changes no result"
+    )
     overlap: bool = Field(True, description="messages travel while the next ones are made")
     data: DataConfig = Field(default_factory=DataConfig, description="the data and its partition")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the network")
@@ -359,6 +375,13 @@ class Config(_Section):
     threads: int = Field(
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32",
+        description="of training's convolutions and matrix products (weights, updates, evaluation: float32); tf32: GPUs only",
+    )
+    memory_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of its GPU's memory that a rank may take; for several ranks a GPU"
+    )
     deterministic: bool = Field(True, description="on a GPU, only algorithms that repeat bit for bit")
 
     @field_validator("method")
@@ -375,14 +398,16 @@ class Config(_Section):
 
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
-    "rounds", "exchange", "overlap", "network.latency", "network.bandwidth", "data.path", "eval.every", "eval.clients",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device",
-    "stop_grace", "watchdog", "tensorboard", "on_rank_failure",
-    "recovery_timeout",
+    "rounds", "exchange", "overlap", "balance", "network.latency", "network.bandwidth", "data.path", "eval.every",
+    "eval.clients", "upload.residual_memory", "upload.residual_folder", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device", "memory_fraction", "stop_grace", "watchdog",
+    "tensorboard", "on_rank_failure", "recovery_timeout",
 )  # fmt: skip
 
 # These change neither a bit of a run's result nor what is measured of it.
-_WITHOUT_MEANING = ("data.path", "data.download", "stop_grace", "watchdog", "tensorboard", "recovery_timeout")
+_WITHOUT_MEANING = (
+    "data.path", "data.download", "upload.residual_folder", "stop_grace", "watchdog", "tensorboard", "recovery_timeout",
+)  # fmt: skip
 
 
 def is_without_meaning(key: str) -> bool:
@@ -653,6 +678,12 @@ def _cross_field_problems(config: Config) -> Iterator[tuple[tuple[str, ...], str
                 f"data.synthetic.train_samples: got {c.data.synthetic.train_samples}, fewer than clients = {c.clients}; "
                 "every client needs at least one image"
             ),
+        )
+    if c.upload.residual_values != "fp32" and c.upload.residual == "ef21":
+        yield (
+            ("upload.residual_values", "upload.residual"),
+            f"upload.residual_values: got {c.upload.residual_values}, which upload.residual=ef21 does not allow (client and "
+            "server must hold the same reference); set upload.residual_values=fp32 or another residual",
         )
     if c.download.values != "fp32":
         # What an owner rounds off is paid back to the same coordinates at the next mask update at the latest.

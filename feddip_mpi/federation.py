@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,9 @@ class Federation:
     initial: torch.Tensor
     method: Method
 
-    @property
+    @cached_property
     def samples(self) -> list[int]:
-        """Training images of every client."""
+        """Training images of every client; counted once, because a round must not cost more where there are more clients."""
         return [len(part) for part in self.partition.train]
 
 

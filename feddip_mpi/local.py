@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from feddip_mpi.data import augment
 from feddip_mpi.errors import Abandoned
 from feddip_mpi.streams import stream
 from feddip_mpi.vector import BoundModel, Layout
+
+# A client's images are normalised once a round where they take no more than this as float32.
+_NORMALISED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class LocalRule:
         penalty_norm: "l2" (the paper's, not squared), "l2_squared" or "l1", per prunable tensor.
         proximal: FedProx's mu; its term (mu / 2) ||w - w_received||^2 adds mu (w - w_received) to the gradient.
         augment: "none" or "standard".
+        precision: "fp32", "tf32" (a setting of the device, see runtime.prepare_torch) or "bf16": the forward pass runs
+            under autocast, the weights and their gradient stay float32.
     """
 
     seed: int
@@ -38,6 +43,7 @@ class LocalRule:
     penalty_norm: str = "l2"
     proximal: float = 0.0
     augment: str = "none"
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -139,32 +145,36 @@ class LocalTrainer:
         bound, layout = self.bound, self.bound.layout
         active = bound.vector
         active.copy_(received)
-        self._weights.copy_(received[: layout.parameters])
+        batches, hook = self._batches(samples, round, client), self.hook
+        # With nothing pruned the weights of the forward pass are the dense ones, and need no memory of their own.
+        whole = hook is None and bool(mask.all())
+        weights = active[: layout.parameters] if whole else self._weights.copy_(received[: layout.parameters])
         self._begin("dropout", round, client)
         kept = mask.to(torch.float32)
         loss_sum = torch.zeros((), device=active.device)
-        batches, hook = self._batches(samples, round, client), self.hook
         if hook is not None:
-            hook.begin(self._weights, kept, len(batches))
+            hook.begin(weights, kept, len(batches))
         for batch, (images, labels) in enumerate(batches):
             if give_up():
                 raise Abandoned(f"round {round + 1} was abandoned while client {client} trained")
             loss = self._gradient_step(images, labels)
             loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
             if hook is not None:
-                hook.gradient(self._gradient, self._weights, active, kept, batch)
+                hook.gradient(self._gradient, weights, active, kept, batch)
             add_regularisation(
-                self._gradient, self._weights, active, layout, kept, self.rule, penalty, received[: layout.parameters]
+                self._gradient, weights, active, layout, kept, self.rule, penalty, received[: layout.parameters]
             )
-            self._weights.add_(self._gradient, alpha=-learning_rate)
-            if hook is None:
-                torch.mul(self._weights[: layout.prunable], kept, out=active[: layout.prunable])
-            else:
-                hook.activate(self._weights, kept, active)
-            active[layout.prunable : layout.parameters] = self._weights[layout.prunable :]
-        extras = () if hook is None else hook.end(self._weights, kept)
-        update = active - received
-        update[: layout.parameters] = self._weights - received[: layout.parameters]
+            weights.add_(self._gradient, alpha=-learning_rate)
+            if not whole:
+                if hook is None:
+                    torch.mul(weights[: layout.prunable], kept, out=active[: layout.prunable])
+                else:
+                    hook.activate(weights, kept, active)
+                active[layout.prunable : layout.parameters] = weights[layout.prunable :]
+        extras = () if hook is None else hook.end(weights, kept)
+        update = torch.empty_like(received)
+        torch.sub(weights, received[: layout.parameters], out=update[: layout.parameters])
+        torch.sub(active[layout.parameters :], received[layout.parameters :], out=update[layout.parameters :])
         count = len(samples) * self.rule.epochs
         return LocalResult(update, float(loss_sum) / count, count, extras)
 
@@ -198,8 +208,10 @@ class LocalTrainer:
 
     def _gradient_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the cross-entropy at the pruned weights into the flat buffer; returns the loss (no sync)."""
-        logits = self.bound.model(images)
-        loss = torch.nn.functional.cross_entropy(logits, labels)
+        reduced = self.rule.precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
+            logits = self.bound.model(images)
+        loss = torch.nn.functional.cross_entropy(logits.float() if reduced else logits, labels)
         gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
         torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
         return loss.detach()
@@ -207,7 +219,8 @@ class LocalTrainer:
     def _batches(self, samples: np.ndarray, round: int, client: int) -> _Batches:
         rule, device = self.rule, self.data.images.device
         order_stream = stream(rule.seed, "batches", round, client)
-        order = np.concatenate([order_stream.permutation(samples) for _ in range(rule.epochs)])
+        # Places among the client's images: the same draws as a permutation of the images themselves.
+        order = np.concatenate([order_stream.permutation(len(samples)) for _ in range(rule.epochs)])
         crops = None
         if rule.augment == "standard":
             offsets, flips = augment.draw(stream(rule.seed, "augmentation", round, client), len(order))
@@ -217,27 +230,56 @@ class LocalTrainer:
             for epoch in range(rule.epochs)
             for start, stop in batch_bounds(len(samples), rule.batch_size)
         ]
-        return _Batches(self.data, torch.from_numpy(order).to(device), bounds, crops)
+        own = torch.from_numpy(samples).to(device)
+        return _Batches(self.data, own, torch.from_numpy(order).to(device), bounds, crops)
 
 
 class _Batches:
-    """The batches of one client's round as gathers on the device."""
+    """The batches of one client's round as gathers on the device.
+
+    Images that are not augmented are normalised once for the round, if the client has few enough, and not in each epoch.
+    """
 
     def __init__(
-        self, data: DeviceData, order: Tensor, bounds: list[tuple[int, int]], crops: tuple[Tensor, Tensor] | None
+        self,
+        data: DeviceData,
+        samples: Tensor,
+        order: Tensor,
+        bounds: list[tuple[int, int]],
+        crops: tuple[Tensor, Tensor] | None,
     ) -> None:
-        self._data, self._order, self._bounds, self._crops = data, order, bounds, crops
+        """Prepare.
+
+        Args:
+            data: the training split.
+            samples: int64, the client's indices into it.
+            order: int64, places in `samples`, all epochs in a row.
+            bounds: where each batch begins and ends in `order`.
+            crops: offsets and flips for each of `order` (`augment.draw`), or none.
+        """
+        self._data, self._order, self._bounds, self._crops = data, samples.index_select(0, order), bounds, crops
+        self._places, self._ready = order, None
+        if crops is None and 4 * samples.numel() * data.images[0].numel() <= _NORMALISED_BYTES:
+            # Height, width, channels: a gather of these keeps either memory order.
+            ready = data.normalised(data.images.index_select(0, samples))
+            self._ready = ready.permute(0, 2, 3, 1) if data.channels_last else ready
 
     def __len__(self) -> int:
         return len(self._bounds)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start, stop in self._bounds:
             chosen = self._order[start:stop]
-            images = self._data.images.index_select(0, chosen)
-            if self._crops is not None:
-                images = augment.standard(images, self._crops[0][start:stop], self._crops[1][start:stop])
-            yield self._data.normalised(images), self._data.labels.index_select(0, chosen)
+            yield self._images(chosen, start, stop), self._data.labels.index_select(0, chosen)
+
+    def _images(self, chosen: Tensor, start: int, stop: int) -> Tensor:
+        if self._ready is not None:
+            images = self._ready.index_select(0, self._places[start:stop])
+            return images.permute(0, 3, 1, 2) if self._data.channels_last else images
+        images = self._data.images.index_select(0, chosen)
+        if self._crops is not None:
+            images = augment.standard(images, self._crops[0][start:stop], self._crops[1][start:stop])
+        return self._data.normalised(images)
 
 
 def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:

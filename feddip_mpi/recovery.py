@@ -14,6 +14,7 @@ from feddip_mpi.collectives import Communicator
 from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
 from feddip_mpi.metrics import Record
+from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual
 from feddip_mpi.rounds import State
 
@@ -82,23 +83,23 @@ def take_over(
     if policy == "ef21" and lost:
         return None
     holders = [client % comm.size if holder == NOBODY else holder for client, holder in enumerate(state.holders)]
-    inherited = _from_checkpoint(comm, orphans, holders, saved[1] if saved else None)
+    held = state.held.copy()
+    _from_checkpoint(comm, orphans, holders, saved[1] if saved else None, held)
     count = state.residuals_lost + len(lost)
-    after = replace(
-        state, held={**state.held, **inherited}, holders=holders, owed=_owed(built, state), residuals_lost=count
-    )
+    # Ranks have other numbers now: their speeds are measured again.
+    after = replace(state, held=held, holders=holders, owed=_owed(built, state), residuals_lost=count, speeds=None)
     comm.commit()
     return after, Losses(lost, state.owed is not None)
 
 
 def _from_checkpoint(
-    comm: Communicator, orphans: Sequence[int], holders: Sequence[int], path: Path | None
-) -> dict[int, Residual]:
-    """The orphans' residuals as they were saved, those for this rank; the others begin with none."""
+    comm: Communicator, orphans: Sequence[int], holders: Sequence[int], path: Path | None, held: ResidualStore
+) -> None:
+    """Add to `held` the orphans' residuals as they were saved, those for this rank; the others begin with none."""
     stored = [client for client, _ in checkpoint.read_residuals(path) if client in orphans] if path else []
     clients = comm.broadcast(stored)
     wanted = (pair for pair in checkpoint.read_residuals(path) if pair[0] in clients) if path else None
-    return hand_out(comm, clients, holders, wanted)
+    hand_out(comm, clients, holders, wanted, held)
 
 
 def _owed(built: Federation, state: State) -> torch.Tensor | None:
@@ -112,16 +113,20 @@ def _owed(built: Federation, state: State) -> torch.Tensor | None:
 
 
 def hand_out(
-    comm: Communicator, clients: Sequence[int], holders: Sequence[int], stored: Iterator[tuple[int, Residual]] | None
-) -> dict[int, Residual]:
+    comm: Communicator,
+    clients: Sequence[int],
+    holders: Sequence[int],
+    stored: Iterator[tuple[int, Residual]] | None,
+    held: ResidualStore,
+) -> None:
     """Stored residuals to their holders, one at a time: rank 0 never has two of them in memory for others.
 
     Args:
         clients: that have one, in ascending order.
         holders: the rank of every client.
         stored: them, on rank 0.
+        held: takes those that are for this rank.
     """
-    held = {}
     for client in clients:
         residual = next(stored)[1] if stored else None
         arrived = comm.move([(client, 0, holders[client])], lambda _, r=residual: rounds.pack_residual(r))  # type: ignore[misc]
@@ -131,4 +136,3 @@ def hand_out(
         if mine is not None:
             held[client] = mine
         del residual, mine, arrived  # before the next one is read
-    return held

@@ -67,6 +67,9 @@ def remember(
         assert sent is not None
         kept = torch.zeros_like(left) if old is None else old.values.to(left.device, copy=True)
         support.add(kept, sent)
+    if policy.residual_values == "bf16":
+        # Rounded here and not in the store: a resumed run, whose residual comes from a checkpoint, must see the same.
+        kept = kept.to(torch.bfloat16).to(torch.float32)
     return Residual(kept.cpu(), round) if _any(kept) else None
 
 

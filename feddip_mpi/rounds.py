@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from feddip_mpi.config import Config, UploadConfig
 from feddip_mpi.errors import Abandoned, FeddipError, NumericalError, PeerError, RankLost
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
+from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual
 from feddip_mpi.runtime import log, peak_memory
 from feddip_mpi.schedules import RoundPlan, plan_round
@@ -52,7 +53,7 @@ class State:
 
     Attributes:
         server: the replicated server.
-        held: the residuals held by this rank, by client.
+        held: the residuals held by this rank, by client; in memory or in a file.
         holders: which rank holds each client's residual; the same on every rank.
         reference: float32 [P], the server's sum of all clients' references (`upload.residual: ef21`); replicated.
         owed: float32 [kept weights], what this rank, as the owner of a slice, rounded off the sums that it handed on
@@ -60,16 +61,18 @@ class State:
         memories: what the method keeps besides, by name; replicated.
         opened: what was sent before the first round; the first record tells it.
         residuals_lost: of how many clients a dead rank took residuals along since the last complete round.
+        speeds: measured training speed of every rank (`balance: speed`), the same on every rank; None for equal ones.
     """
 
     server: Server
-    held: dict[int, Residual]
+    held: ResidualStore
     holders: list[int]
     reference: Tensor | None = None
     owed: Tensor | None = None
     memories: dict[str, Tensor] = field(default_factory=dict)
     opened: besides.Opened | None = None
     residuals_lost: int = 0
+    speeds: list[float] | None = None
 
     def become(self, other: State) -> None:
         """Take over all of `other`: a round is complete."""
@@ -87,7 +90,7 @@ def initial_state(federation: Federation) -> State:
     reference = torch.zeros_like(weights[: layout.prunable]) if config.upload.residual == "ef21" else None
     return State(
         Server.of(0, weights, mask),
-        {},
+        ResidualStore.of(config.upload),
         holders,
         reference,
         memories=method.first_memories(weights, mask),
@@ -229,7 +232,7 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     life = life or Life()
     comm = federation.comm
     meter = Meter(comm, lambda phase: life.enter(phase, plan.round))
-    placed = placement.assign(plan.participants, federation.samples, state.holders, comm.size)
+    placed = placement.assign(plan.participants, federation.samples, state.holders, comm.size, state.speeds)
     comm.require_same(
         f"the plan of round {plan.round + 1}", [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES]
     )
@@ -250,13 +253,14 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     with meter.phase("wait"):
         exchange.close()
         _check_all(comm, exchange, error)
+    speeds = _speeds(federation, state, placed, meter.seconds["train"])
     outcome = exchange.finish()
     meter.seconds["transfer"] = exchange.transfer_seconds
     extras = besides.summed(federation, messages, rules, state.server.support, plan.round, placed, meter.phase)
     with meter.phase("server"):
         stepped, step, memories = federation.method.step(state.server, outcome.aggregate, extras, state.memories, plan)
     reference = _reference(state, task, outcome.aggregate)
-    after = State(stepped, work.held, _holders(state, placed), reference, outcome.owed, memories)
+    after = State(stepped, work.held, _holders(state, placed), reference, outcome.owed, memories, speeds=speeds)
     with meter.phase("evaluate"):
         scores = _evaluate(federation, stepped) if plan.evaluate else None
     told = Told(outcome.download, state.opened, state.residuals_lost)
@@ -288,7 +292,7 @@ def upload_rule(config: Config, plan: RoundPlan, support: Support) -> codec.Uplo
 
 def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[int, int]) -> Task:
     config, support, samples = federation.config, state.server.support, federation.samples
-    everybody = sum(samples)
+    everybody = None if state.reference is None else sum(samples)
     return Task(
         mode=plan.exchange,
         overlap=config.overlap,
@@ -299,7 +303,7 @@ def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[in
         placed=placed,
         shares=besides.shares(samples, plan.participants),
         # With references the sum runs over all clients, those that are absent with what they sent last.
-        support_shares=None if state.reference is None else {c: samples[c] / everybody for c in plan.participants},
+        support_shares=None if everybody is None else {c: samples[c] / everybody for c in plan.participants},
         start=state.reference,
         # The mask is about to change, and with it who owns what: nothing may be owed across it.
         download="fp32" if plan.update_mask else config.download.values,
@@ -327,13 +331,13 @@ class Work:
     """
 
     numbers: np.ndarray
-    held: dict[int, Residual]
+    held: ResidualStore
     extras: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
-    def nothing(cls, participants: int, held: dict[int, Residual]) -> Work:
+    def nothing(cls, participants: int, held: ResidualStore) -> Work:
         """Before any participant has trained."""
-        return cls(np.zeros((participants, 4 + len(KINDS_OF_BYTES))), dict(held))
+        return cls(np.zeros((participants, 4 + len(KINDS_OF_BYTES))), held)
 
 
 def _train_and_send(
@@ -373,7 +377,7 @@ def _train_and_send(
         work.extras[client] = result.extras
 
 
-def _confine(held: dict[int, Residual], client: int, mask: Tensor, policy: UploadConfig) -> None:
+def _confine(held: MutableMapping[int, Residual], client: int, mask: Tensor, policy: UploadConfig) -> None:
     """What a client still owes to weights that are no more is not paid; references (EF21) are no debts."""
     old = held.get(client)
     if old is not None and policy.residual != "ef21":
@@ -396,7 +400,7 @@ def encode_and_send(
     task: Task,
     policy: UploadConfig,
     seed: int,
-    held: dict[int, Residual],
+    held: MutableMapping[int, Residual],
     client: int,
     update: Tensor,
 ) -> Bytes:
@@ -469,13 +473,21 @@ def digest_of(srv: Server) -> int:
     return zlib.crc32(srv.weights.cpu().numpy().view(np.uint8).data, masks.digest(srv.mask))
 
 
-def _move_residuals(federation: Federation, state: State, placed: dict[int, int]) -> dict[int, Residual]:
+def _speeds(federation: Federation, state: State, placed: dict[int, int], seconds: float) -> list[float] | None:
+    """What is known of the ranks' speeds after a round; `seconds`: for which this rank has trained."""
+    if federation.config.balance != "speed":
+        return None
+    trained = federation.comm.gather(np.array([seconds]))[:, 0].tolist()
+    return placement.learnt_speeds(state.speeds, placed, federation.samples, trained)
+
+
+def _move_residuals(federation: Federation, state: State, placed: dict[int, int]) -> ResidualStore:
     """Send each participant's residual to the rank that will train it; this is simulation, not upload.
 
     Returns what this rank holds in the round. `state` keeps what left until the round is complete.
     """
     transfers = [(client, state.holders[client], rank) for client, rank in placed.items()]
-    held = dict(state.held)
+    held = state.held.copy()
     arrived = federation.comm.move(transfers, lambda client: pack_residual(held.pop(client, None)))
     for client, message in arrived.items():
         residual = unpack_residual(message)
@@ -486,7 +498,10 @@ def _move_residuals(federation: Federation, state: State, placed: dict[int, int]
 
 def _holders(state: State, placed: dict[int, int]) -> list[int]:
     """Where residuals lie after a round: with who trained their clients."""
-    return [placed.get(client, holder) for client, holder in enumerate(state.holders)]
+    holders = list(state.holders)
+    for client, rank in placed.items():
+        holders[client] = rank
+    return holders
 
 
 def pack_residual(residual: Residual | None) -> np.ndarray:

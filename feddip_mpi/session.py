@@ -38,6 +38,7 @@ from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
 from feddip_mpi.metrics import Record
 from feddip_mpi.report import terminal
+from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual
 from feddip_mpi.rounds import State
 from feddip_mpi.run_folder import Lock, RunFolder
@@ -271,7 +272,8 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
         kind = built.config.upload.values
         memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
     holders = rounds.initial_holders(built.config.clients, comm.size)
-    held = recovery.hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None)
+    held = ResidualStore.of(built.config.upload)
+    recovery.hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None, held)
     assert srv.weights.numel() == layout.size
     reference, owed = memories.pop("reference", None), memories.pop("owed", None)
     history = list(loaded.history) if loaded else []
@@ -606,7 +608,10 @@ class FolderSaver:
     def _stream(self, state: State) -> Iterator[tuple[int, Residual]]:
         """Residuals in client order, on rank 0; it has one of another rank's at a time, and the one that arrives."""
         comm = self._built.comm
-        for client, holder in enumerate(state.holders):
+        # One question to all, not one for each of the many clients that never took part.
+        own = np.array([client in state.held for client in range(len(state.holders))], np.uint8)
+        for client in np.flatnonzero(comm.gather(own).any(axis=0)).tolist():
+            holder = state.holders[client]
             if holder == 0:
                 residual = state.held.get(client)
             else:

@@ -179,6 +179,7 @@ class Method:
             feedback=not self.confined,
             penalty_norm=c.penalty.norm,
             augment=c.data.augment,
+            precision=c.precision,
         )
 
     def hook(self, bound: BoundModel) -> LocalHook | None:

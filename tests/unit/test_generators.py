@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from feddip_mpi import config, federation, generators
+from feddip_mpi import config, federation, generators, streams
 
 
 def draw() -> tuple[float, ...]:
@@ -56,3 +56,11 @@ def test_initial_weights_depend_on_the_seed_only() -> None:
     draw()
     assert torch.equal(weights(3), first)
     assert not torch.equal(weights(4), first)
+
+
+def test_seeding_gives_torch_s_own_numbers() -> None:
+    """`torch.manual_seed` is left out because it is slow, not because it would give others."""
+    generators.seed_all(5, "dropout", 1, 2)
+    ours = torch.rand(4)
+    torch.manual_seed(streams.torch_seed(5, "dropout", 1, 2))
+    assert torch.equal(torch.rand(4), ours)

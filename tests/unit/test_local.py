@@ -2,6 +2,7 @@
 
 import random
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -282,3 +283,34 @@ def test_the_memory_order_of_a_batch_is_as_asked(channels: int) -> None:
         turned = DeviceData(raw, torch.zeros(2), one, one, channels_last=True).normalised(raw)
         assert turned.stride() == (channels * 20, 1, channels * 5, channels)
         assert torch.equal(plain, turned)
+
+
+def test_bf16_changes_the_forward_pass_and_only_a_little() -> None:
+    updates = []
+    for precision in ("fp32", "bf16", "bf16"):
+        local = trainer(rule(precision=precision))
+        everything = torch.ones(local.bound.layout.prunable, dtype=torch.bool)
+        result = local.train(local.bound.vector.clone(), everything, SAMPLES, 0.1, 0.0, 0, 0)
+        assert result.update.dtype == torch.float32
+        updates.append(result.update)
+    assert torch.equal(updates[1], updates[2]) and not torch.equal(updates[0], updates[1])
+    parameters = trainer(rule()).bound.layout.parameters
+    difference = (updates[0] - updates[1])[:parameters].norm() / updates[0][:parameters].norm()
+    assert 1e-4 < float(difference) < 0.2
+
+
+@pytest.mark.parametrize("augment", ["none", "standard"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_normalising_once_a_round_changes_no_bit(
+    augment: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = []
+    for limit in (0, 10**9):
+        monkeypatch.setattr("feddip_mpi.local._NORMALISED_BYTES", limit)
+        model, layout = small()
+        own = replace(data(), channels_last=channels_last)
+        local = LocalTrainer(BoundModel(model, layout, torch.device("cpu")), own, rule(augment=augment))
+        batches = list(local._batches(SAMPLES, 1, 2))
+        assert all(images.stride()[1] == (1 if channels_last else 36) for images, _ in batches)
+        updates.append(local.train(local.bound.vector.clone(), some_mask(layout), SAMPLES, 0.2, 0.1, 1, 2).update)
+    assert torch.equal(*updates)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feddip_mpi.placement import assign, by_rank
+from feddip_mpi.placement import assign, by_rank, learnt_speeds
 
 
 @st.composite
@@ -55,3 +55,30 @@ def test_by_rank_lists_each_rank_in_the_order_of_the_clients(case: tuple[list[in
     assert len(lists) == case[3]
     assert sorted(c for own in lists for c in own) == case[0]
     assert all(own == [c for c in case[0] if placed[c] == rank] for rank, own in enumerate(lists))
+
+
+def test_a_fast_rank_gets_more_of_the_work() -> None:
+    samples, clients = [10] * 12, list(range(12))
+    placed = assign(clients, samples, [c % 2 for c in clients], 2, [3.0, 1.0])
+    counts = [len(own) for own in by_rank(placed, 2)]
+    assert counts == [9, 3]
+
+
+def test_one_large_client_goes_to_the_fast_rank() -> None:
+    placed = assign([0, 1, 2], [100, 10, 10], [1, 1, 1], 2, [4.0, 1.0])
+    assert placed[0] == 0
+
+
+@given(federations())
+def test_equal_speeds_are_no_speeds(case: tuple[list[int], list[int], list[int], int]) -> None:
+    assert assign(*case, [2.0] * case[3]) == assign(*case)
+
+
+def test_speeds_are_learnt_from_what_was_trained_in_which_time() -> None:
+    samples = [100, 100, 300]
+    first = learnt_speeds(None, {0: 0, 2: 1}, samples, [1.0, 2.0, 0.0])
+    assert first == [100.0, 150.0, 125.0]  # nobody knows the third
+    second = learnt_speeds(first, {1: 2}, samples, [0.0, 0.0, 10.0])
+    assert second[:2] == first[:2] and 10 < second[2] < 125
+    assert learnt_speeds(None, {}, samples, [0.0, 0.0, 0.0]) == [1.0, 1.0, 1.0]
+    assert learnt_speeds(second, {}, samples, [0.0, 0.0, 0.0]) == second

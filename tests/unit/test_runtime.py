@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -149,6 +150,15 @@ def test_peak_memory_is_in_bytes() -> None:
     assert device == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere only getrusage is there")
+def test_peak_memory_is_not_that_of_the_launcher() -> None:
+    """A launcher with much memory starts a small program: its peak is not handed down."""
+    large = torch.ones(2**27)  # 512 MB
+    program = "from feddip_mpi import runtime; print(runtime.peak_memory()[0])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3e8 < 4 * large.numel()
+
+
 @pytest.fixture
 def own_log() -> Iterator[None]:
     log = runtime.log
@@ -241,3 +251,56 @@ def test_a_deadline_ends_the_process_and_says_what_it_waited_for() -> None:
     assert "waiting for nobody took more than 0.1 s" in done.stderr and "resume" in done.stderr
     with runtime.deadline(60, "nothing"):
         pass
+
+
+def test_tf32_without_a_gpu_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "mine")
+    with pytest.raises(InputError, match=r"precision: got tf32.*fp32, bf16"):
+        runtime.prepare_torch(Config(device="cpu", precision="tf32"), 0)
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", False)])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_precision_determinism_and_memory_on_a_gpu(
+    precision: str, allowed: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings only: no GPU has run this test."""
+    shares = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "mine")
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+    try:
+        runtime.prepare_torch(Config(precision=precision, deterministic=deterministic, memory_fraction=0.25), 0)
+        assert cudnn.allow_tf32 == matmul.allow_tf32 == allowed
+        assert torch.are_deterministic_algorithms_enabled() == deterministic != cudnn.benchmark
+        assert shares == [0.25]
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before[:3]
+        torch.use_deterministic_algorithms(before[3])
+
+
+def test_big_blocks_are_kept_unless_the_environment_says_otherwise() -> None:
+    assert runtime.keep_big_blocks({}) == (platform.libc_ver()[0] == "glibc")
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        assert not runtime.keep_big_blocks({name: "1"})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_a_freed_big_block_costs_no_new_page_faults() -> None:
+    program = """
+import resource, torch
+from feddip_mpi import runtime
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**23)  # 32 MB, written
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults(); assert runtime.keep_big_blocks({}); faults(); print(first, faults())
+"""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after * 10 < before

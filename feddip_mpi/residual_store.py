@@ -1,0 +1,182 @@
+"""Where a rank keeps its clients' residuals: in memory up to a budget, the rest in a file that nobody else sees.
+
+Memory then grows with the model and not with the number of clients. To the file goes what was stored longest ago; it
+comes back bit for bit when its client takes part again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, MutableMapping
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from feddip_mpi.config import UploadConfig
+from feddip_mpi.errors import FeddipError
+from feddip_mpi.residuals import Residual
+
+
+class _Entry:
+    """A stored residual; gives its place back when no store refers to it any more."""
+
+    def __init__(self, space: _Space, residual: Residual) -> None:
+        self.space, self.round, self.slot = space, residual.round, -1
+        self.kept: Residual | np.ndarray | None = _halved(residual.values.numpy()) if space.half else residual
+
+    @property
+    def values(self) -> np.ndarray:
+        """What lies in memory, or would lie in the file."""
+        if isinstance(self.kept, Residual):
+            return self.kept.values.numpy()
+        return self.space.read(self.slot) if self.kept is None else self.kept
+
+    def residual(self) -> Residual:
+        if isinstance(self.kept, Residual):
+            return self.kept
+        values = self.values
+        return Residual(torch.from_numpy(_doubled(values) if self.space.half else values), self.round)
+
+    def __del__(self) -> None:
+        self.space.forget(self)
+
+
+class _Space:
+    """Memory and file of a store and of its copies.
+
+    Attributes:
+        memory_bytes: of values in memory.
+        file_bytes: size of the file.
+    """
+
+    def __init__(self, budget: int, folder: str | None, half: bool) -> None:
+        self.half, self.memory_bytes, self.file_bytes = half, 0, 0
+        self._budget, self._folder = budget, folder
+        self._in_memory: dict[int, weakref.ref[_Entry]] = {}  # by identity, oldest first
+        self._file: BinaryIO | None = None
+        self._free: list[int] = []
+        self._length, self._dtype = 0, np.dtype(np.float32)
+
+    def add(self, entry: _Entry) -> None:
+        """Raises FeddipError where the file cannot take what memory has no room for."""
+        self._in_memory[id(entry)] = weakref.ref(entry)
+        self.memory_bytes += entry.values.nbytes
+        while self.memory_bytes > self._budget:
+            oldest = next(iter(self._in_memory.values()))()
+            assert oldest is not None
+            self._spill(oldest)
+
+    def forget(self, entry: _Entry) -> None:
+        if self._in_memory.pop(id(entry), None) is not None:
+            self.memory_bytes -= entry.values.nbytes
+        elif entry.slot >= 0:
+            self._free.append(entry.slot)
+
+    def read(self, slot: int) -> np.ndarray:
+        assert self._file is not None
+        values = np.empty(self._length, self._dtype)
+        view, done = values.view(np.uint8).data, 0
+        while done < values.nbytes:  # a call reads 2 GiB at most
+            read = os.preadv(self._file.fileno(), [view[done:]], slot * values.nbytes + done)
+            if not read:
+                raise FeddipError(f"residuals: the file in {self._place()} is too short; resume")
+            done += read
+        return values
+
+    def _spill(self, entry: _Entry) -> None:
+        values = entry.values
+        size = values.nbytes
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="feddip-residuals-")  # noqa: SIM115
+                self._length, self._dtype = values.size, values.dtype
+            slot = self._free[-1] if self._free else self.file_bytes // size
+            view, start, done = values.view(np.uint8).data, slot * size, 0
+            while done < size:
+                done += os.pwrite(self._file.fileno(), view[done:], start + done)
+        except OSError as error:
+            raise FeddipError(
+                f"residuals: {self.memory_bytes} bytes are more than upload.residual_memory, and the file in "
+                f"{self._place()} cannot take them ({error.strerror}); free space there, or resume with another "
+                "upload.residual_folder or a larger upload.residual_memory"
+            ) from None
+        if self._free:
+            self._free.pop()
+        self.file_bytes = max(self.file_bytes, start + size)
+        entry.kept, entry.slot = None, slot
+        self.memory_bytes -= size
+        del self._in_memory[id(entry)]
+
+    def _place(self) -> str:
+        return self._folder or tempfile.gettempdir()
+
+
+def _halved(values: np.ndarray) -> np.ndarray:
+    """The upper halves uint16 of float32 values whose lower halves are zero."""
+    upper: np.ndarray = (values.view(np.uint32) >> 16).astype(np.uint16)
+    return upper
+
+
+def _doubled(upper: np.ndarray) -> np.ndarray:
+    return (upper.astype(np.uint32) << 16).view(np.float32)
+
+
+class ResidualStore(MutableMapping[int, Residual]):
+    """This rank's residuals by client. A residual that is read may be the stored one and is not to be changed."""
+
+    def __init__(self, budget: int, folder: str | None = None, half: bool = False) -> None:
+        """An empty store.
+
+        Args:
+            budget: bytes of values that may lie in memory, those of all copies together.
+            folder: where the file is made when it is needed (it has no name, and goes with the process); None: the
+                system's folder for temporary files.
+            half: two bytes a value, for values that are rounded to bfloat16 already.
+        """
+        self._space = _Space(budget, folder, half)
+        self._entries: dict[int, _Entry] = {}
+
+    @classmethod
+    def of(cls, policy: UploadConfig) -> ResidualStore:
+        """The store that a configuration asks for."""
+        return cls(policy.residual_memory * 2**20, policy.residual_folder, policy.residual_values == "bf16")
+
+    def copy(self) -> ResidualStore:
+        """A store with the same residuals, none of which is copied; changes of one are not seen by the other."""
+        twin = ResidualStore.__new__(ResidualStore)
+        twin._space, twin._entries = self._space, dict(self._entries)
+        return twin
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of values in memory, those of all copies together."""
+        return self._space.memory_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self._space.file_bytes
+
+    def __getitem__(self, client: int) -> Residual:
+        return self._entries[client].residual()
+
+    def __setitem__(self, client: int, residual: Residual) -> None:
+        self._entries.pop(client, None)  # its place is free before the new one takes its own
+        entry = _Entry(self._space, residual)
+        self._space.add(entry)
+        self._entries[client] = entry
+
+    def __delitem__(self, client: int) -> None:
+        del self._entries[client]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._entries

@@ -1,0 +1,95 @@
+"""The fused first layer against PyTorch's three operations."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from feddip_mpi.models import fused
+from feddip_mpi.models.fused import conv_pool_relu
+from feddip_mpi.models.lenet import LeNet5
+
+
+def plain(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    return F.relu(F.max_pool2d(conv(x), 2))
+
+
+def both(x: torch.Tensor, conv: nn.Conv2d) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Value and gradients of weight and bias, fused and plain."""
+    found = []
+    for layer in (conv_pool_relu, plain):
+        out = layer(x, conv)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+        found.append([out.detach(), *torch.autograd.grad(out, (conv.weight, conv.bias), direction)])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "kernel", "padding"),
+    [(1, 28, 5, 2), (3, 32, 5, 0), (2, 14, 3, 1), (1, 12, 5, 2), (3, 20, 1, 0)],
+)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_value_and_gradients_are_those_of_the_three_operations(
+    channels: int, side: int, kernel: int, padding: int, order: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 6, kernel, padding=padding)
+    x = torch.randn(9, channels, side, side + 2).contiguous(memory_format=order)
+    assert fused._fits(x, conv)
+    ours, theirs = both(x, conv)
+    assert ours[0].shape == theirs[0].shape
+    for value, expected in zip(ours, theirs, strict=True):
+        assert torch.allclose(value, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_of_equal_values_the_first_gets_the_gradient_and_only_that() -> None:
+    """Black borders make ties in every image: a gradient that went to all four would count the bias four times."""
+    conv = nn.Conv2d(1, 4, 5, padding=2)
+    with torch.no_grad():
+        conv.bias.add_(1.0)
+    ours, theirs = both(torch.zeros(3, 1, 28, 28), conv)
+    assert float(theirs[2].abs().max()) > 1
+    for value, expected in zip(ours, theirs, strict=True):
+        assert torch.allclose(value, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (nn.Conv2d(1, 6, 5), (2, 1, 13, 13)),  # an odd row is dropped by the pooling
+        (nn.Conv2d(1, 6, 5, stride=2), (2, 1, 19, 19)),
+        (nn.Conv2d(4, 6, 5), (2, 4, 12, 12)),
+        (nn.Conv2d(1, 6, 5, bias=False), (2, 1, 12, 12)),
+        (nn.Conv2d(1, 6, 5, padding="same"), (2, 1, 12, 12)),
+        (nn.Conv2d(2, 6, 5, groups=2), (2, 2, 12, 12)),
+        (nn.Conv2d(1, 6, 3, padding=1, padding_mode="circular"), (2, 1, 12, 12)),
+        (nn.Conv2d(1, 6, 5).double(), (2, 1, 12, 12)),
+    ],
+)
+def test_what_does_not_fit_goes_the_plain_way(conv: nn.Conv2d, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=conv.weight.dtype)
+    assert not fused._fits(x, conv)
+    assert torch.equal(conv_pool_relu(x, conv), plain(x, conv))
+
+
+def test_images_with_a_gradient_and_autocast_go_the_plain_way() -> None:
+    conv, x = nn.Conv2d(1, 6, 5), torch.randn(2, 1, 12, 12)
+    assert fused._fits(x, conv) and not fused._fits(x.clone().requires_grad_(), conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fused._fits(x, conv)
+
+
+def test_a_value_that_is_no_number_stays_one() -> None:
+    """A client that diverges must be noticed."""
+    conv, x = nn.Conv2d(1, 6, 5), torch.randn(2, 1, 12, 12)
+    x[0, 0, 5, 5] = float("nan")
+    assert bool(torch.isnan(conv_pool_relu(x, conv)).any())
+
+
+@pytest.mark.parametrize("side", [12, 28, 32, 33])
+def test_lenet_is_the_network_it_was(side: int) -> None:
+    torch.manual_seed(3)
+    model, x = LeNet5(1, (side, side), 10), torch.randn(5, 1, side, side)
+    expected = plain(plain(x, model.conv1), model.conv2).flatten(1)
+    expected = model.fc3(F.relu(model.fc2(F.relu(model.fc1(expected)))))
+    assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,124 @@
+"""The store of residuals: whatever the budget, what was stored is what is read, and a round that fails changes nothing."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feddip_mpi.config import UploadConfig
+from feddip_mpi.errors import FeddipError
+from feddip_mpi.residual_store import ResidualStore
+from feddip_mpi.residuals import Residual, remember
+from feddip_mpi.support import Support
+
+SIZE = 100
+BYTES = 4 * SIZE
+
+
+def residual(number: int) -> Residual:
+    values = torch.randn(SIZE, generator=torch.Generator().manual_seed(number))
+    return Residual(values, number)
+
+
+def rounded(number: int) -> Residual:
+    return Residual(residual(number).values.bfloat16().float(), number)
+
+
+def same(one: Residual, other: Residual) -> bool:
+    return one.round == other.round and one.values.numpy().tobytes() == other.values.numpy().tobytes()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["set", "set", "delete", "commit", "fail"]), st.integers(0, 6)), max_size=40),
+    st.sampled_from([0, BYTES, 3 * BYTES + 10, 10**9]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_store_is_a_dictionary_whatever_fits_in_memory(steps: list, budget: int, half: bool) -> None:
+    store, kept = ResidualStore(budget, half=half), {}
+    stage, seen, made = store.copy(), {}, 0
+    for what, client in steps:
+        if what == "set":
+            made += 1
+            seen[client] = (rounded if half else residual)(made)
+            stage[client] = seen[client]
+        elif what == "delete":
+            assert (stage.pop(client, None) is not None) == (seen.pop(client, None) is not None)
+        elif what == "commit":
+            store, stage = stage, stage.copy()
+            kept = dict(seen)
+        else:  # the round failed: its copy is forgotten
+            stage, seen = store.copy(), dict(kept)
+        assert store.memory_bytes <= budget
+        for mapping, expected in ((stage, seen), (store, kept)):
+            assert set(mapping) == set(expected) and len(mapping) == len(expected)
+            for key, value in expected.items():
+                assert key in mapping and same(mapping[key], value)
+
+
+def test_memory_stays_within_the_budget_and_slots_are_used_again(tmp_path: Path) -> None:
+    store = ResidualStore(2 * BYTES, str(tmp_path))
+    for number in range(200):
+        after = store.copy()
+        after[number % 10] = residual(number)
+        store = after
+        assert store.memory_bytes <= 2 * BYTES
+    assert all(same(store[client], residual(190 + client)) for client in range(10))
+    assert store.file_bytes <= 11 * BYTES
+    assert list(tmp_path.iterdir()) == []  # the file has no name: nothing is left behind, however the process ends
+
+
+def test_what_nobody_refers_to_is_given_back() -> None:
+    store = ResidualStore(10**9)
+    store[0] = residual(0)
+    failed = store.copy()
+    for number in range(1, 5):
+        failed[0] = failed[1] = residual(number)
+    assert store.memory_bytes == 3 * BYTES
+    del failed
+    assert store.memory_bytes == BYTES and same(store[0], residual(0))
+    del store[0]
+    assert store.memory_bytes == 0
+
+
+def test_half_takes_half() -> None:
+    whole, half = ResidualStore(10**9), ResidualStore(10**9, half=True)
+    whole[0], half[0] = residual(1), rounded(1)
+    assert half.memory_bytes == whole.memory_bytes // 2 == BYTES // 2
+
+
+def test_nothing_is_written_where_memory_is_enough(tmp_path: Path) -> None:
+    store = ResidualStore(3 * BYTES, str(tmp_path / "missing"))
+    for client in range(3):
+        store[client] = residual(client)
+    assert store.file_bytes == 0
+    with pytest.raises(FeddipError, match=r"missing.*upload\.residual_folder"):
+        store[3] = residual(3)
+
+
+def test_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    store = ResidualStore(0)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(FeddipError, match="No space left on device"):
+        store[0] = residual(0)
+
+
+def test_the_configuration_chooses_budget_folder_and_width(tmp_path: Path) -> None:
+    chosen = UploadConfig(residual_memory=0, residual_folder=str(tmp_path), residual_values="bf16")
+    store = ResidualStore.of(chosen)
+    store[5] = rounded(5)
+    assert store.memory_bytes == 0 and store.file_bytes == BYTES // 2
+    assert same(store[5], rounded(5))
+
+
+def test_bf16_residuals_are_rounded_when_they_are_made() -> None:
+    """Not when they are stored: a checkpoint would hold other values than the run goes on with."""
+    left = residual(3).values
+    kept = remember(left, None, None, UploadConfig(residual_values="bf16"), Support.of(left > 0), 4)
+    assert kept is not None and torch.equal(kept.values, left.bfloat16().float()) and not torch.equal(kept.values, left)
