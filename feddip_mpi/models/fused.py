@@ -38,6 +38,8 @@ def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
     plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
     if not plain or isinstance(conv.padding, str) or conv.bias is None:
         return False
+    if conv._forward_hooks or conv._forward_pre_hooks:  # whoever watches the layer is to see it called
+        return False
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or x.requires_grad or conv.in_channels > 3:
         return False
     if x.dtype != torch.float32 or conv.weight.dtype != torch.float32:

@@ -220,7 +220,7 @@ def test_plan_fits_a_terminal_and_draws(tiny_config: Path, tmp_path: Path) -> No
     assert len(lines) <= 30 and max(map(len, lines)) <= 80
     assert any("1000" in line for line in lines[-8:-5]) and "times as much" in lines[-2]
     assert picture.stat().st_size > 5000
-    assert len(invoke("plan", str(tiny_config), "--every", "10").output.splitlines()) <= 20
+    assert len(invoke("plan", str(tiny_config), "--every", "10").output.splitlines()) <= 22
 
 
 def test_wrong_configurations_are_refused(tiny_config: Path, feddip: Command) -> None:

@@ -93,3 +93,12 @@ def test_lenet_is_the_network_it_was(side: int) -> None:
     expected = plain(plain(x, model.conv1), model.conv2).flatten(1)
     expected = model.fc3(F.relu(model.fc2(F.relu(model.fc1(expected)))))
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_is_watched_is_called() -> None:
+    conv, seen = torch.nn.Conv2d(1, 6, 5, padding=2), []
+    images = torch.rand(2, 1, 28, 28)
+    fused = conv_pool_relu(images, conv)
+    conv.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert torch.allclose(conv_pool_relu(images, conv), fused, atol=1e-6)
+    assert seen == [(2, 6, 28, 28)]
