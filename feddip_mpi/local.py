@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,10 @@ from feddip_mpi.vector import BoundModel, Layout
 
 # A client's images are normalised once a round where they take no more than this as float32.
 _NORMALISED_BYTES = 2**26
+
+
+# So many floats, 1 MB, stay in a core's second-level cache.
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class LocalTrainer:
         layout = bound.layout
         self._weights = torch.empty(layout.parameters, device=bound.vector.device)
         self._gradient = torch.empty_like(self._weights)
+        self._large = bound.vector.device.type == "cpu" and layout.parameters > _PIECE
 
     def train(
         self,
@@ -157,8 +162,12 @@ class LocalTrainer:
         for batch, (images, labels) in enumerate(batches):
             if give_up():
                 raise Abandoned(f"round {round + 1} was abandoned while client {client} trained")
-            loss = self._gradient_step(images, labels)
+            loss, gradients = self._backward(images, labels)
             loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
+            if hook is None and self._large:
+                descend_by_pieces(gradients, weights, active, layout, kept, self.rule, penalty, received, learning_rate)
+                continue
+            torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
             if hook is not None:
                 hook.gradient(self._gradient, weights, active, kept, batch)
             add_regularisation(
@@ -193,7 +202,8 @@ class LocalTrainer:
         for start, stop in batch_bounds(len(samples), self.rule.batch_size):
             chosen = order[start:stop]
             images = self.data.normalised(self.data.images.index_select(0, chosen))
-            self._gradient_step(images, self.data.labels.index_select(0, chosen))
+            _, gradients = self._backward(images, self.data.labels.index_select(0, chosen))
+            torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
             total[: layout.parameters].add_(self._gradient, alpha=(stop - start) / len(samples))
             bound.vector[layout.parameters :] = weights[layout.parameters :]
         return total
@@ -206,15 +216,14 @@ class LocalTrainer:
         # (stochastic depth), and would otherwise see who was trained before it on this rank.
         generators.seed_all(self.rule.seed, purpose, round, client)
 
-    def _gradient_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Gradient of the cross-entropy at the pruned weights into the flat buffer; returns the loss (no sync)."""
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The cross-entropy at the pruned weights (no sync), and its gradient for each parameter."""
         reduced = self.rule.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
             logits = self.bound.model(images)
         loss = torch.nn.functional.cross_entropy(logits.float() if reduced else logits, labels)
         gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
-        torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
-        return loss.detach()
+        return loss.detach(), gradients
 
     def _batches(self, samples: np.ndarray, round: int, client: int) -> _Batches:
         rule, device = self.rule, self.data.images.device
@@ -312,6 +321,10 @@ def add_regularisation(
         _add_penalty_gradient(gradient, active, layout, penalty, rule.penalty_norm)
     if not rule.feedback:
         gradient[:prunable].mul_(kept)
+    _add_the_rest(gradient, weights, rule, received)
+
+
+def _add_the_rest(gradient: Tensor, weights: Tensor, rule: LocalRule, received: Tensor) -> None:
     if rule.proximal:
         gradient.add_(weights, alpha=rule.proximal).sub_(received, alpha=rule.proximal)
     if rule.weight_decay:
@@ -319,15 +332,61 @@ def add_regularisation(
 
 
 def _add_penalty_gradient(gradient: Tensor, active: Tensor, layout: Layout, penalty: float, norm: str) -> None:
+    # One tensor at a time, but no value returns to the host.
     prunable = layout.prunable
-    if norm == "l1":
-        gradient[:prunable].add_(active[:prunable].sign(), alpha=penalty)
-    elif norm == "l2_squared":
-        gradient[:prunable].add_(active[:prunable], alpha=2 * penalty)
+    targets = layout.views(gradient[:prunable])
+    for target, values in zip(targets, layout.views(active[:prunable]), strict=True):
+        _add_penalty(target, values, _penalty_scale(values, penalty, norm), norm)
+
+
+def _penalty_scale(values: Tensor, penalty: float, norm: str) -> Tensor | float:
+    """What the gradient of a tensor's penalty is in units of its pruned weights `values` (l1: of their signs)."""
+    if norm != "l2":
+        return penalty if norm == "l1" else 2 * penalty
+    length = torch.linalg.vector_norm(values)  # lambda * w / ||w||, and 0 where the norm is 0
+    return torch.where(length > 0, penalty / length, torch.zeros_like(length))
+
+
+def _add_penalty(target: Tensor, values: Tensor, scale: Tensor | float, norm: str) -> None:
+    """Add the penalty's gradient to that of (a part of) a tensor, in place."""
+    if isinstance(scale, Tensor):
+        target.addcmul_(values, scale)
     else:
-        # lambda * w / ||w||, and 0 where the norm is 0: one tensor at a time, but no value returns to the host.
-        targets = layout.views(gradient[:prunable])
-        for target, values in zip(targets, layout.views(active[:prunable]), strict=True):
-            length = torch.linalg.vector_norm(values)
-            scale = torch.where(length > 0, penalty / length, torch.zeros_like(length))
-            target.addcmul_(values, scale)
+        target.add_(values.sign() if norm == "l1" else values, alpha=scale)
+
+
+def descend_by_pieces(
+    gradients: Sequence[Tensor], weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule,
+    penalty: float, received: Tensor, learning_rate: float,
+) -> None:  # fmt: skip
+    """w <- w - eta (g + mu w) and the pruned weights after it, to the bits of the same passes over the whole vectors.
+
+    Piece by piece, so that each value comes from memory once and not with every operation: the passes over 93 MB are
+    a fifth of AlexNet's step.
+
+    Args:
+        gradients: of the loss at the pruned weights, one for each parameter in flat order; not changed.
+        active: also the vector that `weights` is, where nothing is pruned.
+        The others as in `add_regularisation`.
+    """
+    buffer = torch.empty(min(_PIECE, layout.parameters))
+    for index, (gradient, start) in enumerate(zip(gradients, layout.offsets, strict=False)):
+        flat, prunable = gradient.reshape(-1), index < layout.prunable_tensors
+        whole = slice(start, start + flat.numel())
+        scale = _penalty_scale(active[whole], penalty, rule.penalty_norm) if penalty and prunable else None
+        for first in range(0, flat.numel(), _PIECE):
+            part = flat[first : first + _PIECE]
+            here = slice(start + first, start + first + part.numel())
+            g, w, a = buffer[: part.numel()].copy_(part), weights[here], active[here]
+            if scale is not None:
+                _add_penalty(g, a, scale, rule.penalty_norm)
+            if prunable and not rule.feedback:
+                g.mul_(kept[here])
+            _add_the_rest(g, w, rule, received[here])
+            w.add_(g, alpha=-learning_rate)
+            if w.data_ptr() == a.data_ptr():
+                continue
+            if prunable:
+                torch.mul(w, kept[here], out=a)
+            else:
+                a.copy_(w)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from feddip_mpi import local as local_module
 from feddip_mpi.local import DeviceData, LocalRule, LocalTrainer, batch_bounds
 from feddip_mpi.server import pruned
 from feddip_mpi.streams import stream
@@ -148,6 +149,24 @@ def test_local_training_follows_the_formulas(changes: dict, penalty: float, whic
             assert result.update[offset : offset + size].any()
 
 
+@pytest.mark.parametrize("which", ["half", "all kept"])
+@pytest.mark.parametrize("norm", ["l2", "l1", "l2_squared"])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_a_step_by_pieces_changes_no_bit(
+    norm: str, feedback: bool, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = rule(weight_decay=0.2, proximal=0.7, penalty_norm=norm, feedback=feedback)
+    mask = some_mask(small()[1])
+    if which == "all kept":
+        mask[:] = True
+    received = pruned(flatten(*small()), mask)
+    at_once = trainer(this).train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
+    monkeypatch.setattr(local_module, "_PIECE", 7)
+    by_pieces = trainer(this)
+    assert by_pieces._large
+    assert torch.equal(by_pieces.train(received, mask, SAMPLES, 0.2, 0.1, 4, 2).update, at_once.update)
+
+
 def test_received_weights_and_mask_are_not_changed() -> None:
     local = trainer(rule(weight_decay=0.1))
     mask = some_mask(local.bound.layout)
@@ -179,8 +198,14 @@ def test_the_loss_is_the_mean_over_images_not_over_batches() -> None:
     local = trainer(rule(epochs=1, batch_size=20))  # 25 images: batches of 20 and 5
     received = local.bound.vector.clone()
     everything = torch.ones(local.bound.layout.prunable, dtype=torch.bool)
-    losses, step = [], local._gradient_step
-    local._gradient_step = lambda images, labels: losses.append((step(images, labels), len(labels))) or losses[-1][0]
+    losses, backward = [], local._backward
+
+    def watched(images: Tensor, labels: Tensor) -> tuple:
+        found = backward(images, labels)
+        losses.append((found[0], len(labels)))
+        return found
+
+    local._backward = watched
     result = local.train(received, everything, SAMPLES, 0.2, 0.0, 0, 0)
     assert [count for _, count in losses] == [20, 5]
     assert result.loss == pytest.approx(sum(float(loss) * count for loss, count in losses) / 25, rel=1e-6)
