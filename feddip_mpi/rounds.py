@@ -582,8 +582,9 @@ def _record(
     comm, layout, opened = federation.comm, federation.layout, told.opened
     handed_on = [getattr(told.download, kind) for kind in KINDS_OF_BYTES]
     if opened is not None:
-        counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
-        work.numbers[0, 3:] += [*counted, opened.uploaded.total]
+        if comm.rank == 0:
+            counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
+            work.numbers[0, 3:] += [*counted, opened.uploaded.total]
         meter.add(opened.sent, opened.received)
     own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device), *handed_on], np.float64)
     measured = comm.gather(own)

@@ -96,6 +96,16 @@ def test_ranks_change_no_bit_and_no_count(method: str) -> None:
         assert [r["wire_bytes"] for r in records] == [r["upload_bytes"] for r in records]
 
 
+@pytest.mark.parametrize("method", ["ssfl", "prunefl"])
+def test_every_rank_knows_what_all_have_sent_before_the_first_round(method: str) -> None:
+    """Whoever dies before the first record takes no count along."""
+    alone = rounds.initial_state(build(method)).opened
+    assert alone is not None and alone.uploaded.total > 0
+    built = [build(method) for _ in range(3)]
+    results = together(3, lambda comm: rounds.initial_state(dataclasses.replace(built[comm.rank], comm=comm)).opened)
+    assert [each.uploaded for each in results] == [alone.uploaded] * 3
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_resumed_equals_never_stopped(method: str, tmp_path: Path) -> None:
     whole = build(method)
