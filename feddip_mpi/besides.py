@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from feddip_mpi.support import Support
 
 @dataclass(frozen=True)
 class Opened:
-    """What the method's opening took on this rank: its clients' uploads, update bytes sent and received."""
+    """What the method's opening took: the uploads of all its clients, update bytes that this rank sent and received."""
 
     uploaded: Bytes
     sent: int
@@ -121,7 +122,10 @@ def opening(federation: Federation, holders: Sequence[int]) -> tuple[list[Tensor
         for exchange, total in zip(exchanges, sums, strict=True):
             exchange.close()
             exchange.finish().aggregate.add_to(total)
-    return sums, Opened(uploaded, comm.sent["update"] - before[0], comm.received["update"] - before[1])
+    sent, received = comm.sent["update"] - before[0], comm.received["update"] - before[1]
+    # Everybody knows of all uploads: a rank may die before the first round tells of them.
+    own = np.array([uploaded.values, uploaded.indices, uploaded.other, uploaded.frame], np.float64)
+    return sums, Opened(Bytes(*map(int, comm.gather(own).sum(axis=0))), sent, received)
 
 
 def _measure(

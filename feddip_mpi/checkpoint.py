@@ -385,9 +385,14 @@ def folder_of(path: Path) -> Path:
     return inside if inside.is_dir() else path
 
 
-def prune_old(folder: Path, keep: int, keep_best: bool, final_sparsity: float) -> None:
-    """Delete all but the newest `keep` and, if asked, the most accurate one that has reached the final sparsity."""
-    paths = listed(folder)
+def prune_old(folder: Path, keep: int, keep_best: bool, final_sparsity: float, round: int) -> None:
+    """Delete all but the newest `keep` and, if asked, the most accurate one that has reached the final sparsity.
+
+    Args:
+        round: of the checkpoint that was just written. Later ones were refused when the run went on from before them:
+            they count for nothing, and stay until they are written again or are old.
+    """
+    paths = [path for path in listed(folder) if int(path.stem.removeprefix("round-")) <= round]
     spared = set(paths[-keep:])
     if keep_best:
         scored = [(accuracy, path) for path in paths if (accuracy := _final_accuracy(path, final_sparsity)) is not None]

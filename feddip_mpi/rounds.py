@@ -18,9 +18,10 @@ from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.config import Config, UploadConfig
-from feddip_mpi.errors import Abandoned, FeddipError, NumericalError, PeerError, RankLost
+from feddip_mpi.errors import Abandoned, FeddipError, InputError, NumericalError, PeerError, RankLost
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
+from feddip_mpi.methods.base import checked_memories
 from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual
 from feddip_mpi.runtime import log, peak_memory
@@ -93,7 +94,7 @@ def initial_state(federation: Federation) -> State:
         ResidualStore.of(config.upload),
         holders,
         reference,
-        memories=method.first_memories(weights, mask),
+        memories=checked_memories(method.first_memories(weights, mask)),
         opened=opened,
     )
 
@@ -388,6 +389,13 @@ def _encode_extras(
     federation: Federation, support: Support, plan: RoundPlan, rules: Sequence[codec.Upload], work: Work
 ) -> list[list[codec.Message]]:
     """What this rank's participants send besides, counted in their uploads."""
+    for client, vectors in work.extras.items():
+        left = [f"{vector.dtype} {list(vector.shape)}" for vector in vectors]
+        if left != [f"{torch.float32} [{support.size}]"] * len(rules):
+            raise InputError(
+                f"method: its hook left {left or 'nothing'} to send besides for client {client}; allowed, by its extras: "
+                f"{len(rules)} tensors {torch.float32} [{support.size}]; correct the class, then `train` or `resume`"
+            )
     messages, counted = besides.encoded(work.extras, rules, support, plan.round, federation.config.seed)
     for client, taken in counted.items():
         slot = plan.participants.index(client)
@@ -582,8 +590,9 @@ def _record(
     comm, layout, opened = federation.comm, federation.layout, told.opened
     handed_on = [getattr(told.download, kind) for kind in KINDS_OF_BYTES]
     if opened is not None:
-        counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
-        work.numbers[0, 3:] += [*counted, opened.uploaded.total]
+        if comm.rank == 0:
+            counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
+            work.numbers[0, 3:] += [*counted, opened.uploaded.total]
         meter.add(opened.sent, opened.received)
     own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device), *handed_on], np.float64)
     measured = comm.gather(own)

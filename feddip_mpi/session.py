@@ -596,7 +596,9 @@ class FolderSaver:
                 checkpoint.complete(draft, snapshot, (kept.popleft() for _ in range(len(kept))))
             finally:
                 draft.discard()
-            checkpoint.prune_old(self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity())
+            checkpoint.prune_old(
+                self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity(), snapshot.server.round
+            )
         return failed[0] if failed else None
 
     def _final_sparsity(self) -> float:

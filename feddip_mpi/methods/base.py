@@ -27,6 +27,9 @@ from feddip_mpi.streams import stream
 from feddip_mpi.support import Support
 from feddip_mpi.vector import BoundModel, Layout
 
+# Of what the server keeps besides W, what is not the method's: see `rounds.State`.
+ENGINE_MEMORIES = ("reference", "owed")
+
 
 @dataclass(frozen=True)
 class Opening:
@@ -149,6 +152,8 @@ class Method:
     def begin(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """`start`, and what `mask.rescale` makes of its weights."""
         weights, mask = self.start(weights, opened)
+        _require(weights, torch.float32, self.layout.size, "weights of start")
+        _require(mask, torch.bool, self.layout.prunable, "mask of start")
         return (rescaled(weights, mask, self.layout) if self.config.mask.rescale else weights), mask
 
     def first_mask(self, rule: str, prunable: Tensor, opened: Sequence[Tensor]) -> Tensor:
@@ -165,7 +170,10 @@ class Method:
         return masks.initial_random(rule, self.layout.prunable_shapes, sparsity, generator).to(prunable.device)
 
     def first_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """float32 arrays that the server keeps besides W, by name; they are in every checkpoint."""
+        """float32 arrays that the server keeps besides W, by name; they are in every checkpoint.
+
+        "reference" and "owed" are names of the engine's own.
+        """
         return {}
 
     def local_rule(self) -> LocalRule:
@@ -215,15 +223,48 @@ class Method:
 
         def merge(value: Tensor) -> Tensor:
             seen[0] = replace(seen[0], value=value)
-            seen[0] = replace(seen[0], value=self.merge(seen[0]))
+            merged = self.merge(seen[0])
+            _require(merged, torch.float32, self.layout.size, "value of merge")
+            seen[0] = replace(seen[0], value=merged)
             return seen[0].value
 
-        after, report = server.step(srv, total, plan, self.memory(), merge, lambda: self.cut(seen[0]))
-        return after, report, self.remember(seen[0], after.mask)
+        def cut() -> Tensor | None:
+            mask = self.cut(seen[0])
+            if mask is not None:
+                _require(mask, torch.bool, srv.support.size, "mask of cut")
+            return mask
+
+        after, report = server.step(srv, total, plan, self.memory(), merge, cut)
+        return after, report, checked_memories(self.remember(seen[0], after.mask))
 
     def facts(self, mask: Tensor) -> dict[str, object]:
         """What the run's summary says about the mask [P] besides its sparsity, in JSON values."""
         return {}
+
+
+def checked_memories(memories: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a method remembers, as it is. Raises InputError where a checkpoint could not hold it."""
+    for name, values in memories.items():
+        if name in ENGINE_MEMORIES:
+            raise _wrong(f"memory {name!r} has a name of the engine's own; take another name")
+        _require(values, torch.float32, None, f"memory {name!r}")
+    return memories
+
+
+def _require(values: object, dtype: torch.dtype, size: int | None, what: str) -> None:
+    """Raises InputError unless `values` is a tensor [size] of `dtype`; any shape where no size is given."""
+    fits = isinstance(values, Tensor) and values.dtype == dtype and size in (None, values.numel())
+    if not fits or (size is not None and isinstance(values, Tensor) and values.dim() != 1):
+        got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        shape = "any shape" if size is None else f"[{size}]"
+        raise _wrong(f"{what}: got {got}; allowed: a tensor {dtype}, {shape}")
+
+
+def _wrong(what: str) -> InputError:
+    """What a method of the user's does is wrong; every rank finds it at the same time."""
+    error = InputError(f"method: its {what}; correct the class, then `train` or `resume`")
+    error.shared = True
+    return error
 
 
 def rescaled(weights: Tensor, mask: Tensor, layout: Layout) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from feddip_mpi import config, hdf5
+from feddip_mpi import config, hdf5, run_folder
 from feddip_mpi.errors import Stopped
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.sweep import states
@@ -175,6 +175,8 @@ def _outcome(job: _Job, out: Path, commands: Commands) -> Outcome:
     code = job.process.poll()
     if code == Stopped.exit_code:
         return Outcome(job.cell.name, "stopped", seconds)
+    if (holder := run_folder.holder(RunFolder(out / job.cell.name))) is not None:  # another sweep was faster
+        return Outcome(job.cell.name, "busy", seconds, f"another job is at work there ({holder})")
     error = commands.error_of(job.cell) or "no message"
     return Outcome(job.cell.name, "failed", seconds, f"exit code {code}: {error}")
 

@@ -372,7 +372,7 @@ def test_the_newest_and_the_best_at_the_final_sparsity_are_kept(
         scored(tmp_path, round, accuracy, sparsity)
     (tmp_path / ".round-000008.h5.tmp-4242").write_bytes(b"left by a killed process")
     (tmp_path / "notes.txt").write_text("the user's own")
-    checkpoint.prune_old(tmp_path, keep, best, 0.5)
+    checkpoint.prune_old(tmp_path, keep, best, 0.5, 7)
     assert [path.name for path in checkpoint.listed(tmp_path)] == [f"round-{r:06d}.h5" for r in left]
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name[-1] != "5") == ["notes.txt"]
 
@@ -381,8 +381,20 @@ def test_of_equally_good_checkpoints_the_newest_is_kept_and_damaged_ones_do_not_
     for round in (1, 2, 3, 4, 5):
         scored(tmp_path, round, 0.9 if round < 4 else 0.1, 0.5)
     checkpoint.path_of(tmp_path, 3).write_bytes(b"damaged")
-    checkpoint.prune_old(tmp_path, 1, True, 0.5)
+    checkpoint.prune_old(tmp_path, 1, True, 0.5, 5)
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["round-000002.h5", "round-000005.h5"]
+
+
+def test_damaged_checkpoints_that_a_run_went_back_behind_do_not_push_good_ones_out(tmp_path: Path) -> None:
+    for round in (2, 3, 4, 6):
+        scored(tmp_path, round, 0.5, 0.5)
+    for round in (4, 6):
+        checkpoint.path_of(tmp_path, round).write_bytes(b"damaged")
+    checkpoint.prune_old(tmp_path, 1, False, 0.5, 3)
+    found, refused = checkpoint.newest(tmp_path)
+    assert found.path.name == "round-000003.h5" and len(refused) == 2
+    checkpoint.prune_old(tmp_path, 1, False, 0.5, 6)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == ["round-000006.h5"]
 
 
 def test_check_model_names_the_first_tensor_that_differs(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from alone import Alone
 from together import together
 from torch import Tensor, nn
 
-from feddip_mpi import checkpoint, config, federation, masks, methods, rounds, run_folder, session
+from feddip_mpi import checkpoint, codec, config, federation, masks, methods, rounds, run_folder, session
 from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
 from feddip_mpi.federation import Federation
+from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning
 from feddip_mpi.schedules import plan_round
 
@@ -94,6 +95,16 @@ def test_ranks_change_no_bit_and_no_count(method: str) -> None:
     for _, records in results:
         # What the ranks handed over are the frames, those of the opening and of the extras too.
         assert [r["wire_bytes"] for r in records] == [r["upload_bytes"] for r in records]
+
+
+@pytest.mark.parametrize("method", ["ssfl", "prunefl"])
+def test_every_rank_knows_what_all_have_sent_before_the_first_round(method: str) -> None:
+    """Whoever dies before the first record takes no count along."""
+    alone = rounds.initial_state(build(method)).opened
+    assert alone is not None and alone.uploaded.total > 0
+    built = [build(method) for _ in range(3)]
+    results = together(3, lambda comm: rounds.initial_state(dataclasses.replace(built[comm.rank], comm=comm)).opened)
+    assert [each.uploaded for each in results] == [alone.uploaded] * 3
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -223,6 +234,43 @@ def test_the_example_of_the_page_does_what_the_page_says() -> None:
             assert torch.allclose(state.memories["mean"][old], now[old])
         mean = state.memories["mean"]
     assert differs
+
+
+class Wrong(Method):
+    """Does one thing wrong, which a test chooses."""
+
+    summary = "wrong"
+    thing = ""
+
+    def start(self, weights: Tensor, opened: Any) -> tuple[Tensor, Tensor]:
+        weights, mask = super().start(weights, opened)
+        return weights, mask.float() if self.thing == "mask of start" else mask
+
+    def first_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"owed": torch.ones(3)} if self.thing == "memory 'owed'" else {}
+
+    def remember(self, seen: Any, mask: Tensor) -> dict[str, Tensor]:
+        return {"mean": torch.ones(3, dtype=torch.int64)} if self.thing == "memory 'mean'" else {}
+
+    def merge(self, seen: Any) -> Tensor:
+        return seen.value[:5] if self.thing == "value of merge" else seen.value
+
+    def cut(self, seen: Any) -> Any:
+        return seen.old.mask.numpy() if self.thing == "mask of cut" else None
+
+    @classmethod
+    def extras(cls, config: Config, plan: Any, upload: Any) -> tuple[codec.Upload, ...]:
+        return (codec.Upload(dense=True),) if cls.thing == "hook" else ()
+
+
+@pytest.mark.parametrize(
+    "thing", ["mask of start", "memory 'owed'", "memory 'mean'", "value of merge", "mask of cut", "hook"]
+)
+def test_what_a_method_of_ones_own_does_wrong_is_said(thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_methods.Wrong.thing", thing)
+    built = build("test_methods:Wrong")
+    with pytest.raises(InputError, match=f"^method: its {thing}.* correct the class"):
+        play(built, rounds.initial_state(built))
 
 
 def test_every_method_says_what_it_does() -> None:

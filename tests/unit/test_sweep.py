@@ -309,6 +309,23 @@ def test_what_another_job_finished_meanwhile_is_skipped(tmp_path: Path) -> None:
     lock.release()
 
 
+def test_a_cell_that_another_sweep_begins_at_the_same_moment_is_busy_and_not_failed(tmp_path: Path) -> None:
+    locks = []
+
+    class Slower(Fake):
+        def start(self, cell: Cell) -> FakeProcess:  # type: ignore[override]
+            process = super().start(cell)
+            if cell.name == "seed-1":
+                locks.append(Lock(RunFolder(self.folder / cell.name)))
+            return process
+
+    made = cells("grid: {seed: [1, 2]}")
+    outcomes = runner.run(made, tmp_path, Slower(tmp_path, {"seed-1": 2}), 1, lambda text: None, runner.Stop())
+    assert [(o.name, o.kind) for o in outcomes] == [("seed-1", "busy"), ("seed-2", "finished")]
+    assert "another job is at work there (process" in outcomes[0].error
+    locks[0].release()
+
+
 def test_a_signal_saves_what_is_at_work_and_begins_nothing(tmp_path: Path) -> None:
     made = cells("grid: {seed: [1, 2, 3]}")
     stop, fake, said = runner.Stop(), Fake(tmp_path, {}, patience=10**9), []
