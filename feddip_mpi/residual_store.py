@@ -7,6 +7,7 @@ comes back bit for bit when its client takes part again.
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import weakref
 from collections.abc import Iterator, MutableMapping
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from feddip_mpi.config import UploadConfig
-from feddip_mpi.errors import FeddipError
+from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.residuals import Residual
 
 
@@ -122,6 +123,16 @@ def _halved(values: np.ndarray) -> np.ndarray:
 
 def _doubled(upper: np.ndarray) -> np.ndarray:
     return (upper.astype(np.uint32) << 16).view(np.float32)
+
+
+def require_folder(policy: UploadConfig) -> None:
+    """Raises InputError where the folder that a configuration names is not there: else that shows when memory is full."""
+    folder = policy.residual_folder
+    if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(
+            f"upload.residual_folder: got {folder!r}, which is no folder on {socket.gethostname()} that can be written to; "
+            "name one that every node has, or leave it out for the system's folder for temporary files"
+        )
 
 
 class ResidualStore(MutableMapping[int, Residual]):

@@ -38,7 +38,7 @@ from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
 from feddip_mpi.metrics import Record
 from feddip_mpi.report import terminal
-from feddip_mpi.residual_store import ResidualStore
+from feddip_mpi.residual_store import ResidualStore, require_folder
 from feddip_mpi.residuals import Residual
 from feddip_mpi.rounds import State
 from feddip_mpi.run_folder import Lock, RunFolder
@@ -82,7 +82,7 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
 
     values, path = on_root(comm, read)
     settings, folder = config.validate(values), RunFolder(Path(path))
-    built = build(comm, settings)
+    built = _build_to_train(comm, settings)
     with ExitStack() as held:
         on_root(comm, lambda: _hold(held, folder.create(settings)))
         _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
@@ -176,7 +176,7 @@ def _resume(
         if comm.rank == 0:
             terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
         return
-    built = build(comm, settings)
+    built = _build_to_train(comm, settings)
     run = Run(folder, stop, held, owner=comm.rank == 0)
     if done == 0:
         on_root(comm, lambda: _reopen(folder, settings))
@@ -229,6 +229,17 @@ def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
     runtime.start_log(folder.path, comm.rank)
     if comm.rank == 0:
         log.info("%s; %s; %s", message, runtime.versions(), runtime.hardware())
+
+
+def _build_to_train(comm: Communicator, settings: Config) -> Federation:
+    """`build`, after what training alone needs: an evaluation may happen on another machine."""
+    error = None
+    try:
+        require_folder(settings.upload)
+    except InputError as caught:
+        error = caught
+    comm.check(error)
+    return build(comm, settings)
 
 
 def build(comm: Communicator, settings: Config) -> Federation:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import Alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feddip_mpi import config, session
 from feddip_mpi.config import UploadConfig
-from feddip_mpi.errors import FeddipError
+from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual, remember
 from feddip_mpi.support import Support
@@ -122,3 +124,11 @@ def test_bf16_residuals_are_rounded_when_they_are_made() -> None:
     left = residual(3).values
     kept = remember(left, None, None, UploadConfig(residual_values="bf16"), Support.of(left > 0), 4)
     assert kept is not None and torch.equal(kept.values, left.bfloat16().float()) and not torch.equal(kept.values, left)
+
+
+def test_a_folder_that_is_not_there_is_found_before_the_first_round(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("missing", "file"):
+        chosen = config.validate({"upload": {"residual_folder": str(tmp_path / name)}, "device": "cpu"})
+        with pytest.raises(InputError, match=f"upload.residual_folder: got '.*{name}', which is no folder"):
+            session._build_to_train(Alone(), chosen)  # type: ignore[arg-type]
