@@ -33,7 +33,7 @@ from feddip_mpi.federation import Federation
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.streams import stream
 
-WEIGHTS, FEATURES, CLIENTS, SAMPLES, SEEDS = 256, 64, 10, 32, (1, 2, 3)
+WEIGHTS, FEATURES, CLIENTS, SAMPLES, ROUNDS, SEEDS = 256, 64, 10, 16, 100, (1, 2, 3)
 # Means and scales of an image's channels, in grey levels: x, the client's number, a; or the features.
 _X, _NUMBER, _CURVATURE = (128, 32), (0, 1), (0, 64)
 _OFFSET = 1.0  # keeps the loss of a sample above 0, where cross-entropy lies
@@ -183,16 +183,16 @@ def settings(problem: str, seed: int, changes: dict[str, Any]) -> Config:
     """The configuration of a cell; `changes` are dotted keys, or the `heterogeneity` and `spread` of the quadratic."""
     changes = dict(changes)
     values: dict[str, Any] = {
-        "seed": seed, "rounds": 200, "clients": CLIENTS, "participants": CLIENTS, "local_epochs": 2, "batch_size": 16,
-        "learning_rate": 0.1, "learning_rate_decay": 0.98, "weight_decay": 0.0, "penalty": {"schedule": "off"},
+        "seed": seed, "rounds": ROUNDS, "clients": CLIENTS, "participants": CLIENTS, "local_epochs": 1, "batch_size": 8,
+        "learning_rate": 0.2, "learning_rate_decay": 0.97, "weight_decay": 0.0, "penalty": {"schedule": "off"},
         "upload": {"values": "fp32"}, "sparsity": {"initial": 0.0, "final": 0.0}, "eval": {"every": 10**6}, "device": "cpu",
         "model": {"name": f"{_module()}:{problem.capitalize()}"}, "data": {"name": f"{_module()}:{problem}"},
     }  # fmt: skip
     if problem == "quadratic":
-        path = f"{changes.pop('heterogeneity', 1.0)} {changes.pop('spread', 4.0)}"
+        path = f"{changes.pop('heterogeneity', 1.0)} {changes.pop('spread', 2.0)}"
         values["data"] |= {"partition": "pathological", "classes_per_client": 1, "path": path}
     else:
-        values |= {"weight_decay": 0.05, "learning_rate": 0.2}
+        values |= {"weight_decay": 0.05, "learning_rate": 0.5}
         values["data"] |= {"partition": "dirichlet", "alpha": 0.5}
     for key, value in changes.items():
         *above, last = key.split(".")
@@ -247,3 +247,145 @@ def play(comm: Communicator, problem: str, seed: int, changes: dict[str, Any]) -
         gap.append(truth.gap(point))
         overlap.append(float(mask[goal[:size] != 0].mean()))
     return Curve(distance, gap, overlap, truth.gap(goal), records)
+
+
+_INT4, _CONSTANT = {"upload.values": "int4"}, {"learning_rate_decay": 1.0}
+_PARTIAL = {**_INT4, "participants": CLIENTS // 2, "sparsity.final": 0.5}
+
+
+def _residual(policy: str) -> dict[str, Any]:
+    return {"upload.residual": policy}
+
+
+def _pruned(sparsity: float, start: str, **changes: Any) -> dict[str, Any]:
+    """`start`: "none" begins dense; "uniform" with a random mask of the final sparsity."""
+    first = 0.0 if start == "none" else sparsity
+    return {"sparsity.final": sparsity, "sparsity.initial": first, "mask.initial": start, **changes}
+
+
+# Title of a panel: the problem, and the changes of each of its cells.
+PANELS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "Quadratic, dense: what travels": ("quadratic", {
+        "fp32": {},
+        "int8, keep": {"upload.values": "int8"},
+        "int8, drop": {"upload.values": "int8", **_residual("drop")},
+        "int4, keep": _INT4,
+        "int4, drop": {**_INT4, **_residual("drop")},
+        "int4, ef21": {**_INT4, **_residual("ef21")},
+    }),
+    "Quadratic, dense: constant step": ("quadratic", {
+        "fp32": _CONSTANT,
+        "fp32, equal clients": {**_CONSTANT, "heterogeneity": 0.0},
+        "int4, keep": {**_CONSTANT, **_INT4},
+        "int4, drop": {**_CONSTANT, **_INT4, **_residual("drop")},
+    }),
+    "Quadratic, s = 0.5, int4, 5 of 10 clients": ("quadratic", {
+        name: {**_PARTIAL, **_residual(name)} for name in ("keep", "decay", "in_mask_only", "drop", "ef21")
+    }),
+    "Quadratic, pruned: feedback": ("quadratic", {
+        "s 0.5, random mask, on": _pruned(0.5, "uniform"),
+        "s 0.5, random mask, off": _pruned(0.5, "uniform", feedback=False),
+        "s 0.9, random mask, on": _pruned(0.9, "uniform"),
+        "s 0.9, random mask, off": _pruned(0.9, "uniform", feedback=False),
+        "s 0.9, random mask, on, regrow 0.5": _pruned(0.9, "uniform", **{"upload.regrow": 0.5}),
+        "s 0.9, random mask, on, dense upload": _pruned(0.9, "uniform", **{"upload.mode": "dense"}),
+        "s 0.9, dense start, on": _pruned(0.9, "none"),
+        "s 0.9, dense start, off": _pruned(0.9, "none", feedback=False),
+    }),
+    "Logistic": ("logistic", {
+        "fp32": {},
+        "int4, keep": _INT4,
+        "int4, drop": {**_INT4, **_residual("drop")},
+        "int4, ef21": {**_INT4, **_residual("ef21")},
+        "s 0.9, random mask, on": _pruned(0.9, "uniform"),
+        "s 0.9, random mask, off": _pruned(0.9, "uniform", feedback=False),
+    }),
+}  # fmt: skip
+
+
+def measure(comm: Communicator) -> dict[str, Any]:
+    """All cells of all panels: last values of every seed, and the curves as medians and extremes over the seeds."""
+    found: dict[str, Any] = {}
+    for title, (problem, cells) in PANELS.items():
+        for name, changes in cells.items():
+            started = time.process_time()
+            curves = [play(comm, problem, seed, changes) for seed in SEEDS]
+            distances = np.array([curve.distance for curve in curves])
+            last = [curve.records[-1] for curve in curves]
+            found.setdefault(title, {})[name] = row = {
+                "changes": changes,
+                "distance": distances[:, -1].tolist(),
+                "gap": [curve.gap[-1] for curve in curves],
+                "best_gap": [curve.best_gap for curve in curves],
+                "overlap": [curve.overlap[-1] for curve in curves],
+                "pruning_error": [record["pruning_error"] for record in last],
+                "update_norm": [record["update_norm"] for record in last],
+                "residual_norm": [record["residual_norm"] for record in last],
+                "upload_bytes": [sum(record["upload_bytes"] for record in curve.records) for curve in curves],
+                "curve": {
+                    "median": np.median(distances, 0).tolist(),
+                    "lowest": distances.min(0).tolist(),
+                    "highest": distances.max(0).tolist(),
+                },
+            }
+            print(
+                f"{title} | {name} | distance {_spread(row['distance'])} | gap {_spread(row['gap'])} (best "
+                f"{_spread(row['best_gap'])}) | overlap {_spread(row['overlap'])} | delta "
+                f"{_spread(row['pruning_error'])} | {time.process_time() - started:.1f} s",
+                flush=True,
+            )
+    return found
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A panel for each of PANELS: medians over the seeds, shaded from the lowest to the highest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    for axis, (title, cells) in zip(axes, found.items(), strict=False):
+        for i, (name, row) in enumerate(cells.items()):
+            curve, at = row["curve"], range(1, len(row["curve"]["median"]) + 1)
+            style = "--" if name.endswith(("drop", "off")) else "-"
+            axis.plot(at, curve["median"], style, color=f"C{i}", label=name)
+            axis.fill_between(at, curve["lowest"], curve["highest"], color=f"C{i}", alpha=0.15, linewidth=0)
+        axis.set(title=title, yscale="log", xlabel="round")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    for axis in axes[len(found) :]:
+        axis.set_axis_off()
+    for axis in axes[::3]:
+        axis.set_ylabel("squared distance to the optimum, relative")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of convergence.json and convergence.png")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    comm = collectives.world()
+    started = time.process_time()
+    found = measure(comm)
+    result = {
+        "command": "python -m mpi4py benchmarks/convergence.py --out docs/results",
+        "seeds": list(SEEDS),
+        "rounds": ROUNDS,
+        "processor_seconds": round(time.process_time() - started, 1),
+        "hardware": {name: value for name, value in runtime.hardware().items() if name != "host"},
+        "versions": runtime.versions(),
+        "mpi": comm.library(),
+        "panels": found,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "convergence.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(found, given.out / "convergence.png")
+    comm.free()
+
+
+if __name__ == "__main__":
+    main()
