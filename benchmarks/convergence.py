@@ -217,6 +217,8 @@ class Curve:
         gap: F(m*W) - min F over all points, sparse or not.
         overlap: share of the best solution's weights that the mask keeps (quadratic).
         best_gap: of the best solution (quadratic), of the optimum on the last mask (logistic).
+        squared_norm: ||W||^2 over the prunable weights; times the recorded pruning error it is ||W - m*W||^2 where W is
+            the server's dense memory.
         records: what the rounds recorded.
     """
 
@@ -224,6 +226,7 @@ class Curve:
     gap: list[float]
     overlap: list[float]
     best_gap: float
+    squared_norm: list[float]
     records: list[metrics.Record]
 
 
@@ -234,19 +237,20 @@ def play(comm: Communicator, problem: str, seed: int, changes: dict[str, Any]) -
     truth = QuadraticTruth(built) if problem == "quadratic" else LogisticTruth(built)
     keep = masks.kept_count(size, built.config.sparsity.final)
     goal = truth.best(keep) if isinstance(truth, QuadraticTruth) else truth.optimum
-    distance, gap, overlap, records = [], [], [], []
+    distance, gap, overlap, squared_norm, records = [], [], [], [], []
     known = None
     for t in range(built.config.rounds):
         records.append(rounds.play(built, state, plan_round(built.config, t)))
         mask = state.server.mask.numpy()
         point = state.server.weights.double().numpy().copy()
+        squared_norm.append(float((point[:size] ** 2).sum()))
         point[:size][~mask] = 0
         if isinstance(truth, LogisticTruth) and (known is None or (known != mask).any()):
             known, goal = mask.copy(), truth.on(mask)
         distance.append(float(((point - goal) ** 2).sum() / (goal**2).sum()))
         gap.append(truth.gap(point))
         overlap.append(float(mask[goal[:size] != 0].mean()))
-    return Curve(distance, gap, overlap, truth.gap(goal), records)
+    return Curve(distance, gap, overlap, truth.gap(goal), squared_norm, records)
 
 
 _INT4, _CONSTANT = {"upload.values": "int4"}, {"learning_rate_decay": 1.0}
