@@ -81,6 +81,6 @@ def test_full_gradients_keep_the_bound(problems: ModuleType) -> None:
     rounds = len(error)
     gaps = [truth.gap(start), *curve.gap[:-1]]  # of the points that gradients were taken at
     first = float(((start - truth.optimum) ** 2).sum()) / (step * rounds)
-    bound = first + step * squared_gradient.mean() + 3 * smoothness * error[:-1].sum() / rounds
+    bound = first + step * squared_gradient.mean() + 2 * smoothness * error[:-1].sum() / rounds
     assert error[-1] > 0
     assert bound / 20 < np.mean(gaps) < bound
