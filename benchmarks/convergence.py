@@ -33,7 +33,7 @@ from feddip_mpi.federation import Federation
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.streams import stream
 
-WEIGHTS, FEATURES, CLIENTS, SAMPLES, ROUNDS, SEEDS = 256, 64, 10, 16, 100, (1, 2, 3)
+WEIGHTS, FEATURES, CLIENTS, SAMPLES, ROUNDS, SEEDS = 256, 64, 10, 16, 60, (1, 2, 3)
 # Means and scales of an image's channels, in grey levels: x, the client's number, a; or the features.
 _X, _NUMBER, _CURVATURE = (128, 32), (0, 1), (0, 64)
 _OFFSET = 1.0  # keeps the loss of a sample above 0, where cross-entropy lies
