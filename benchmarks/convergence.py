@@ -349,7 +349,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """A panel for each of PANELS: medians over the seeds, shaded from the lowest to the highest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(2, 3).ravel()
     for axis, (title, cells) in zip(axes, found.items(), strict=False):
         for i, (name, row) in enumerate(cells.items()):
@@ -359,7 +359,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.fill_between(at, curve["lowest"], curve["highest"], color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set(title=title, yscale="log", xlabel="round")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)  # below: no curve is hidden
     for axis in axes[len(found) :]:
         axis.set_axis_off()
     for axis in axes[::3]:
