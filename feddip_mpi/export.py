@@ -89,7 +89,7 @@ def export(loaded: Loaded, path: Path, form: str | None = None, force: bool = Fa
         force: whether an existing file is replaced.
 
     Raises:
-        InputError: unknown form, the file exists, or cannot be written.
+        InputError: unknown form, the file exists, its folder does not, or it cannot be written.
     """
     form = form or form_of(path)
     if form not in FORMATS:
@@ -97,6 +97,8 @@ def export(loaded: Loaded, path: Path, form: str | None = None, force: bool = Fa
     if path.is_dir() or (path.exists() and not force):
         way_out = "is a folder; name a file" if path.is_dir() else "exists already; --force replaces it"
         raise InputError(f"{path}: {way_out}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it, or name a file elsewhere")
     tensors = pruned_state(loaded)
     dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if form == "small":
@@ -134,6 +136,8 @@ def report(exported: Exported) -> str:
         lines.append(f"read it: model.load_state_dict(torch.load({file}, weights_only=True))")
     elif exported.form == "small":
         lines.append(f"read it: model = feddip_mpi.export.load_small({file}), the network with fewer channels")
+        if exported.ratio <= 1.05:
+            lines.append("no smaller: few or no channels are without weights (`method: prunetrain` removes whole ones)")
     else:
         snippet = "".join(f"    {line}" for line in READ_SPARSE.replace("FILE", file).splitlines(keepends=True))
         lines.append(

@@ -168,6 +168,11 @@ def test_metadata_say_how_to_use_it(lenet: Loaded, tmp_path: Path) -> None:
     assert float(about["sparsity"]) == pytest.approx(masks.sparsity(lenet.server.mask))
 
 
+def test_a_small_form_that_is_not_smaller_says_so(tmp_path: Path) -> None:
+    written = export.export(saved(tmp_path, sparsity=0.1), tmp_path / "model.small.safetensors")
+    assert written.ratio <= 1.05 and "no smaller" in export.report(written)
+
+
 def test_nothing_is_overwritten_unless_asked(lenet: Loaded, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_text("mine")
@@ -183,7 +188,7 @@ def test_nothing_is_overwritten_unless_asked(lenet: Loaded, tmp_path: Path) -> N
     [
         ("model.bin", None, "--format"),
         ("model.pt", "onnx", "unknown"),
-        ("missing/model.pt", None, "cannot be written"),
+        ("missing/model.pt", None, "there is no folder"),
         (".", "torch", "is a folder"),
     ],
 )
