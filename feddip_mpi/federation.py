@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,6 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     identity = agree_on_identity(dataset, comm)
     error: FeddipError | None = None
     try:
-        _require_residual_folder(config)
         parts = partitions.make(
             config.data, config.clients, dataset.train_labels, dataset.test_labels, dataset.classes, config.seed
         )
@@ -104,15 +102,6 @@ def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.n
         generators.seed_all(config.seed, "initial weights")
         model = models.create(config.model.name, channels, (height, width), classes)
     return model, Layout.of(model, models.prunable_names(model, config.model.keep_dense))
-
-
-def _require_residual_folder(config: Config) -> None:
-    """Raises InputError where it does not exist: it is first written to when memory is full, hours into a run."""
-    folder = config.upload.residual_folder
-    if folder is not None and not Path(folder).is_dir():
-        raise InputError(
-            f"upload.residual_folder: got {folder}, which is no folder here; make it on every node, or name another"
-        )
 
 
 def _require_batches_of_two(config: Config, model: torch.nn.Module, parts: partitions.Partition) -> None:

@@ -273,12 +273,6 @@ def test_what_a_method_of_ones_own_does_wrong_is_said(thing: str, monkeypatch: p
         play(built, rounds.initial_state(built))
 
 
-def test_a_missing_residual_folder_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="upload.residual_folder: got .*missing"):
-        build("feddip", upload={"residual_folder": str(tmp_path / "missing")})
-    build("feddip", upload={"residual_folder": str(tmp_path)})
-
-
 def test_every_method_says_what_it_does() -> None:
     for name in ALL:
         assert 10 < len(methods.named(name).summary) < 100
