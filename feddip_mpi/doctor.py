@@ -55,8 +55,12 @@ def _target(target: str | None, overrides: Sequence[str]) -> tuple[Config, Path]
         return config.parse("", overrides), Path("runs")
     if Path(target).is_dir():
         folder = RunFolder(Path(target))
-        settings = config.load(folder.config, overrides) if folder.config.exists() else config.parse("", overrides)
-        return settings, folder.path
+        if not folder.config.exists():
+            raise InputError(
+                f"{target}: no run folder (it has no {folder.config.name}); name a run folder, a configuration file, or "
+                "nothing for the defaults"
+            )
+        return config.load(folder.config, overrides), folder.path
     return config.load(target, overrides), Path("runs")
 
 

@@ -499,6 +499,7 @@ def summarise(
         "upload_bytes_by_kind": {
             kind: sum(r[f"upload_{kind}_bytes"] for r in history) for kind in rounds.KINDS_OF_BYTES
         },
+        "upload_extra_bytes": sum(r["upload_extra_bytes"] or 0 for r in history),
         "download_bytes": sum(r[f"download_{kind}_bytes"] or 0 for r in history for kind in rounds.KINDS_OF_BYTES),
         "wire_bytes": sum(r["wire_bytes"] for r in history),
         "received_bytes": sum(r["received_bytes"] for r in history),

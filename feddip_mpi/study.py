@@ -152,7 +152,8 @@ def prepare(config_path: str, overrides: Sequence[str], settings: Settings, out:
     """
     if settings.warm_up >= settings.rounds:
         raise InputError(
-            f"--warm-up {settings.warm_up}: must be less than --rounds {settings.rounds}, or no round counts"
+            f"--warm-up {settings.warm_up}: must be less than --rounds {settings.rounds}, or no round counts; "
+            "give more rounds or a shorter --warm-up"
         )
     if settings.launcher and "{ranks}" not in settings.launcher:
         raise InputError(f"--launcher {settings.launcher!r}: must say {{ranks}} where the number of ranks belongs")

@@ -232,6 +232,12 @@ def _smaller(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [("channels removed", f"{summary['channels_removed']}: {left}")]
 
 
+def _besides(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the method sends besides updates, which is part of the bytes above."""
+    extra = summary.get("upload_extra_bytes", 0)
+    return [("  of these besides updates (docs/methods.md)", size(extra))] if extra else []
+
+
 def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tuple[str, str]]:
     ratio = summary["dense_bytes"] / max(1, summary["upload_bytes"])
     return [
@@ -246,6 +252,7 @@ def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tupl
                            f"({size(summary['dense_bytes'])})"),
         ("  of these values, indices, not prunable, frames",
          ", ".join(size(count) for count in summary["upload_bytes_by_kind"].values())),
+        *_besides(summary),
         ("bytes that ranks received from each other", size(summary["received_bytes"])),
         ("time", f"{clock(summary['seconds'])} for {summary['rounds']} rounds on {summary['ranks']} rank(s)"),
         ("run folder", str(folder)),
