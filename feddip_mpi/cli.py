@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """\b
 Exit codes: 0 done; 2 wrong input, nothing started; 3 a damaged file;
-4 training diverged; 5 ranks disagree; 75 stopped by a signal after
-saving (resume goes on); 6 a rank died; others are failures."""
+4 training diverged; 5 ranks disagree; 6 a rank died; 75 stopped by a
+signal after saving (resume goes on); others are failures."""
 
 _PATIENCE_SECONDS = 2.0
 
