@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import launch
 import pytest
 import runs
+import torch
+
+from feddip_mpi import checkpoint, federation
+from feddip_mpi.checkpoint import Snapshot
 
 pytestmark = pytest.mark.mpi
 
 TINY = {"model__name": "small_models:dropping", "recovery_timeout": 20}
 DROP = {"upload__residual": "drop", "on_rank_failure": "continue"}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "empty.yaml"
-    path.write_text("")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +114,36 @@ def test_faults_are_for_tests_only(config: Path, tmp_path: Path) -> None:
     argv = [*launch.FEDDIP, *runs.train(config, tmp_path / "run", **TINY)]
     done = launch.run(argv, None, extra={"FEDDIP_FAULT": "rank=0 phase=train round=1"}).expect(2)
     assert "FEDDIP_TEST_FAULTS=1" in done.text
+
+
+def test_continue_equals_a_resume_of_what_is_left(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in round 4, saved after round 2: as if one had stopped after round 3, put back what was lost, and resumed."""
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    done = killed(config, run, "rank=1 phase=encode round=4", on_rank_failure="continue")
+    assert (run / "finished.json").exists(), done.text
+    told = re.findall(r"WARNING residuals lost: (.*)", (run / "run.log").read_text())
+    lost = [int(client) for client in re.findall(r"client (\d+) \(round 3\)", told[0])]
+    assert lost
+
+    changes = {**TINY, "on_rank_failure": "continue"}
+    runs.play([{"argv": runs.train(config, stopped, **changes), "stop_after": 3}], tmp_path / "steps", 3)
+    monkeypatch.syspath_prepend(str(launch.PROGRAMS))
+    put_back(checkpoint.path_of(stopped / "checkpoints", 3), checkpoint.path_of(stopped / "checkpoints", 2), lost)
+    runs.play([{"argv": ["resume", str(stopped)]}], tmp_path / "rest", 2)
+    runs.assert_equal(run, stopped)
+
+
+def put_back(newer: Path, older: Path, clients: list[int]) -> None:
+    """Write `newer` again, with the residuals that these clients have in `older`."""
+    loaded = checkpoint.load(newer)
+    _, layout = federation.build_model(loaded.config, loaded.input_shape, loaded.classes)
+    held, before = dict(checkpoint.read_residuals(newer)), dict(checkpoint.read_residuals(older))
+    assert any(not torch.equal(held[c].values, before[c].values) if c in before else c in held for c in clients)
+    for client in clients:
+        held.pop(client, None)
+        if client in before:
+            held[client] = before[client]
+    known = {field.name: getattr(loaded, field.name) for field in fields(Snapshot) if field.name != "layout"}
+    checkpoint.save(newer, Snapshot(layout=layout, **known), sorted(held.items()))

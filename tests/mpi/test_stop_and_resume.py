@@ -22,13 +22,6 @@ LONG = {"model__name": "small_models:fragile", "rounds": 30, "checkpoint__every"
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "empty.yaml"
-    path.write_text("")
-    return path
-
-
-@pytest.fixture(scope="module")
 def never_stopped(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run LONG on one rank, from its first round to its last."""
     run = tmp_path_factory.mktemp("never") / "stopped"
