@@ -20,6 +20,7 @@ from typing import Any
 
 from feddip_mpi import collectives, config, rounds, runtime, session
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
 
 WAYS = ("none", "behind", "before")
@@ -47,7 +48,7 @@ def main() -> None:
     if comm.rank == 0:
         run.checkpoints.mkdir(parents=True)
     comm.barrier()
-    saver, state, history = session.FolderSaver(built, run, "2026-01-01T00:00:00+0000"), rounds.initial_state(built), []
+    saver, state, history = FolderSaver(built, run, "2026-01-01T00:00:00+0000"), rounds.initial_state(built), []
 
     def play() -> float:
         comm.barrier()

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from feddip_mpi import checkpoint, cli, hdf5, runtime, session
+from feddip_mpi import checkpoint, cli, hdf5, metrics, runtime
 from feddip_mpi.errors import FeddipError
 
 NAME = "round-%06d.h5"
@@ -162,7 +162,7 @@ def state_of(run: Path) -> list[Any]:
     """What the configuration alone decides in a run's newest checkpoint, equal for equal bits."""
     loaded, refused = checkpoint.newest(run / "checkpoints")
     assert not refused, refused
-    fields = {name for name, known in session.metrics.FIELDS.items() if known.depends_on == "config"}
+    fields = {name for name, known in metrics.FIELDS.items() if known.depends_on == "config"}
     rows = [{name: row[name] for name in fields} for row in loaded.history]
     residuals = [(c, r.round, r.values.numpy().tobytes()) for c, r in checkpoint.read_residuals(loaded.path)]
     return [

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from feddip_mpi import collectives, config, rounds, runtime, session
+from feddip_mpi.schedules import plan_round
 
 WORKLOAD = ["clients=50", "participants=5", "local_epochs=5", "batch_size=128", "rounds=100"]
 ROWS = {
@@ -44,7 +45,7 @@ class Playing:
         self.state = rounds.initial_state(self.federation)
 
     def round(self) -> dict:
-        plan = rounds.plan_round(self.federation.config, self.state.server.round)
+        plan = plan_round(self.federation.config, self.state.server.round)
         return rounds.play(self.federation, self.state, plan)
 
 

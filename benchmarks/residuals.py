@@ -3,7 +3,7 @@
     mpirun -n 2 python -m mpi4py benchmarks/residuals.py --folder SCRATCH --out docs/results/residuals.json
 
 A federation of `--clients` clients with AlexNet (23 M prunable weights), every client with a residual, held as in a run:
-client k by rank k modulo the number of ranks. The checkpoint is written by the code of a run (`session.FolderSaver`),
+client k by rank k modulo the number of ranks. The checkpoint is written by the code of a run (`FolderSaver`),
 verified, and read back to its holders by the code of `resume`; what arrives is compared with what was held. Once with
 residuals of normal random numbers, which no sparse form shortens, and once with 95 % zeros. Memory is the kernel's
 highest resident set since it was reset just before (VmHWM), minus the resident set of rank 0's own state: that before
@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from feddip_mpi import checkpoint, collectives, config, rounds, runtime, session
+from feddip_mpi import checkpoint, collectives, config, recovery, rounds, runtime, server, session
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.federation import Federation
 from feddip_mpi.residuals import Residual
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.saver import FolderSaver
 
 
 def status(name: str) -> int:
@@ -65,11 +66,11 @@ def play(comm: Communicator, built: Federation, folder: Path, zeros: float) -> d
     for client, holder in enumerate(state.holders):
         if holder == comm.rank:
             state.held[client] = residual(client, size, zeros)
-    state.server = session.server.Server.of(7, state.server.weights, state.server.mask)
+    state.server = server.Server.of(7, state.server.weights, state.server.mask)
     run = RunFolder(folder)
     if comm.rank == 0:
         run.checkpoints.mkdir(parents=True)
-    saver = session.FolderSaver(built, run, "2026-01-01T00:00:00+0000")
+    saver = FolderSaver(built, run, "2026-01-01T00:00:00+0000")
     comm.barrier()
 
     waited, peak_before, _ = measured(lambda: saver.save(state, []))
@@ -91,13 +92,15 @@ def play(comm: Communicator, built: Federation, folder: Path, zeros: float) -> d
     state.held.clear()
     comm.barrier()
     stored = checkpoint.read_residuals(path) if comm.rank == 0 else None
-    seconds, peak, found = measured(lambda: session._hand_out(comm, range(clients), state.holders, stored), "after")
+    seconds, peak, _ = measured(
+        lambda: recovery.hand_out(comm, range(clients), state.holders, stored, state.held), "after"
+    )
     row |= {
         "restore_seconds": seconds,
         "restore_peak_bytes_above_own_state": peak,
-        "equal": checksum(found) == held,
+        "equal": checksum(state.held) == held,
     }
-    found.clear()
+    state.held.clear()
     if comm.rank == 0:
         row["verify_seconds"] = measured(lambda: checkpoint.verify(path))[0]
         shutil.rmtree(folder)
