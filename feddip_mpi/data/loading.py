@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from feddip_mpi import own_code
 from feddip_mpi.config import DataConfig
 from feddip_mpi.data import cifar, download, idx, own_arrays, places, synthetic
 from feddip_mpi.data.catalog import KNOWN, Known
@@ -17,7 +16,6 @@ from feddip_mpi.data.dataset import Dataset, check, check_label_range
 from feddip_mpi.errors import FeddipError, InputError
 
 NAMES = (*KNOWN, "npz", "hdf5", "synthetic")
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _IDX_SHAPE = (28, 28)
 
 
@@ -129,22 +127,11 @@ def _load_own(config: DataConfig, seed: int) -> Dataset:
 
 
 def _import(name: str) -> Callable[[DataConfig, int], object]:
-    if not _IMPORT_PATH.fullmatch(name):
-        raise InputError(f"data.name: got {name!r}; an import path has the form package.module:function")
-    module_name, function_name = name.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
-        raise InputError(
-            f"data.name: {name}: cannot import {module_name!r}: {type(error).__name__}: {error}; "
-            "is its folder in PYTHONPATH?"
-        ) from error
-    function = getattr(module, function_name, None)
+    module, function = own_code.imported("data.name", name, "function")
     if not callable(function):
-        near = difflib.get_close_matches(function_name, [n for n in vars(module) if callable(getattr(module, n))], n=1)
+        wanted = name.partition(":")[2]
+        near = difflib.get_close_matches(wanted, [n for n in vars(module) if callable(getattr(module, n))], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         found = "nothing" if function is None else type(function).__name__
-        raise InputError(
-            f"data.name: {name}: expected a function {function_name!r} in {module_name}, found {found}{hint}"
-        )
+        raise InputError(f"data.name: {name}: expected a function {wanted!r} in {module.__name__}, found {found}{hint}")
     return function

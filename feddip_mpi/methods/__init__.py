@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from feddip_mpi import own_code
 from feddip_mpi.config import METHODS, Config
 from feddip_mpi.errors import InputError
 
@@ -50,18 +51,9 @@ def named(name: str) -> type[Method]:
 def _imported(path: str) -> type[Method]:
     from feddip_mpi.methods.base import Method
 
-    module_name, _, class_name = path.partition(":")
-    if not module_name or not class_name:
-        raise InputError(f"method: {path!r} is no import path; write package.module:name")
-    # The code is the user's: whatever it raises is reported as wrong input, with its own traceback as the cause.
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(
-            f"method: cannot import {module_name!r} of {path!r}: {type(error).__name__}: {error}"
-        ) from error
-    found = getattr(module, class_name, None)
+    _, found = own_code.imported("method", path, "name")
     if not (isinstance(found, type) and issubclass(found, Method)):
+        module_name, _, class_name = path.partition(":")
         what = f"no class {class_name!r}" if found is None else f"{class_name!r}, which is no subclass of it"
         raise InputError(
             f"method: {path!r}: allowed is a subclass of feddip_mpi.methods.base.Method; module {module_name!r} has {what}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from feddip_mpi import own_code
 from feddip_mpi.errors import InputError
 from feddip_mpi.models.alexnet import AlexNet
 from feddip_mpi.models.lenet import LeNet5
@@ -152,18 +152,11 @@ def _unknown(name: str) -> str:
 
 
 def _create_imported(path: str, in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
-    module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
-        raise InputError(f"model.name: {path!r} is no import path; write package.module:function")
-    # The code is the user's: whatever it raises is reported as wrong input, with its own traceback as the cause.
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(f"model.name: cannot import {module_name!r} of {path!r}: {_cause(error)}") from error
-    function = getattr(module, function_name, None)
+    _, function = own_code.imported("model.name", path, "function")
     if not callable(function):
+        module_name, _, name = path.partition(":")
         what = "no function" if function is None else f"a {type(function).__name__}, not a function,"
-        raise InputError(f"model.name: {path!r}: module {module_name!r} has {what} {function_name!r}")
+        raise InputError(f"model.name: {path!r}: module {module_name!r} has {what} {name!r}")
     try:
         model = function(in_channels=in_channels, image_size=image_size, classes=classes)
     except Exception as error:
