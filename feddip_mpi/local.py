@@ -165,7 +165,18 @@ class LocalTrainer:
             loss, gradients = self._backward(images, labels)
             loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
             if hook is None and self._large:
-                descend_by_pieces(gradients, weights, active, layout, kept, self.rule, penalty, received, learning_rate)
+                descend_by_pieces(
+                    gradients,
+                    weights,
+                    active,
+                    layout,
+                    kept,
+                    self.rule,
+                    penalty,
+                    received,
+                    learning_rate,
+                    self._gradient,
+                )
                 continue
             torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
             if hook is not None:
@@ -357,7 +368,7 @@ def _add_penalty(target: Tensor, values: Tensor, scale: Tensor | float, norm: st
 
 def descend_by_pieces(
     gradients: Sequence[Tensor], weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule,
-    penalty: float, received: Tensor, learning_rate: float,
+    penalty: float, received: Tensor, learning_rate: float, scratch: Tensor,
 ) -> None:  # fmt: skip
     """w <- w - eta (g + mu w) and the pruned weights after it, to the bits of the same passes over the whole vectors.
 
@@ -367,9 +378,9 @@ def descend_by_pieces(
     Args:
         gradients: of the loss at the pruned weights, one for each parameter in flat order; not changed.
         active: also the vector that `weights` is, where nothing is pruned.
+        scratch: float32, at least a piece; overwritten.
         The others as in `add_regularisation`.
     """
-    buffer = torch.empty(min(_PIECE, layout.parameters))
     for index, (gradient, start) in enumerate(zip(gradients, layout.offsets, strict=False)):
         flat, prunable = gradient.reshape(-1), index < layout.prunable_tensors
         whole = slice(start, start + flat.numel())
@@ -377,7 +388,7 @@ def descend_by_pieces(
         for first in range(0, flat.numel(), _PIECE):
             part = flat[first : first + _PIECE]
             here = slice(start + first, start + first + part.numel())
-            g, w, a = buffer[: part.numel()].copy_(part), weights[here], active[here]
+            g, w, a = scratch[: part.numel()].copy_(part), weights[here], active[here]
             if scale is not None:
                 _add_penalty(g, a, scale, rule.penalty_norm)
             if prunable and not rule.feedback:
