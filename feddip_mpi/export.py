@@ -182,6 +182,19 @@ def small_state(loaded: Loaded) -> dict[str, Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in small.state_dict().items()}
 
 
+def _read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a file says about itself, and its tensors. Raises InputError or DamagedFileError where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
 def load_small(path: str | os.PathLike[str]) -> nn.Module:
     """The smaller network of the `small` form, in eval mode.
 
@@ -189,15 +202,7 @@ def load_small(path: str | os.PathLike[str]) -> nn.Module:
         InputError: there is no such file, or it is not of this form.
         DamagedFileError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise DamagedFileError(f"{path}: cannot be read as safetensors ({error})") from None
+    about, state = _read_safetensors(path)
     if about.get("form") != "feddip-mpi small 1":
         raise InputError(f"{path}: not the small form; `feddip-mpi export RUN NAME.small.safetensors` writes it")
     depth, height, width = json.loads(about["input_shape"])
@@ -307,15 +312,7 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         InputError: there is no such file, or it is not of this form.
         DamagedFileError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise DamagedFileError(f"{path}: cannot be read as safetensors ({error})") from None
+    about, stored = _read_safetensors(path)
     if "shapes" not in about:
         raise InputError(f"{path}: not the sparse form; `safetensors.torch.load_file` reads it as it is")
     try:

@@ -363,15 +363,18 @@ class Watchdog:
             waits = phase in self.WAITING
             if time.monotonic() - since > seconds * (1.25 if waits else 1.0):
                 what = "waits for another rank" if waits else "is stuck"
-                print(
+                _last_words(
                     f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in phase {phase!r} of round "
                     f"{round + 1}; ending all ranks. `feddip-mpi resume` goes on from the last checkpoint; set watchdog to "
-                    "more seconds if this phase may take as long",
-                    file=sys.stderr,
-                    flush=True,
+                    "more seconds if this phase may take as long"
                 )
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 self._abort(1)
+
+
+def _last_words(text: str) -> None:
+    """Why this process ends, and where its threads stand."""
+    print(text, file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
 @contextmanager
@@ -379,13 +382,10 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
     """Ends this process with exit code 1 where the block takes longer than `seconds`: `what` names what it waits for."""
 
     def end() -> None:
-        print(
+        _last_words(
             f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "
-            "checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "checkpoint"
         )
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
