@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from feddip_mpi import besides, codec, control, costs, evaluate, masks, metrics, placement, residuals, server, streams
+from feddip_mpi import (
+    besides,
+    codec,
+    control,
+    costs,
+    evaluate,
+    masks,
+    metrics,
+    placement,
+    records,
+    residuals,
+    server,
+    streams,
+)
 from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
@@ -24,14 +36,10 @@ from feddip_mpi.federation import Federation
 from feddip_mpi.methods.base import checked_memories
 from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual
-from feddip_mpi.runtime import log, peak_memory
+from feddip_mpi.runtime import log
 from feddip_mpi.schedules import RoundPlan, plan_round
 from feddip_mpi.server import Server
 from feddip_mpi.support import Support
-
-_PHASES = ("train", "encode", "wait", "exchange", "decode", "server", "evaluate", "transfer")
-_TRAFFIC = ("update", "residual", "control")
-KINDS_OF_BYTES = ("values", "indices", "other", "frame")
 
 
 class Saver(Protocol):
@@ -232,7 +240,7 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     """
     life = life or Life()
     comm = federation.comm
-    meter = Meter(comm, lambda phase: life.enter(phase, plan.round))
+    meter = records.Meter(comm, lambda phase: life.enter(phase, plan.round))
     placed = placement.assign(plan.participants, federation.samples, state.holders, comm.size, state.speeds)
     comm.require_same(
         f"the plan of round {plan.round + 1}", [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES]
@@ -240,7 +248,7 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     held = _move_residuals(federation, state, placed)
     task = _task(federation, state, plan, placed)
     exchange = Exchange(comm, task, state.owed, meter.phase)
-    work, error = Work.nothing(len(plan.participants), held), None
+    work, error = records.Work.nothing(len(plan.participants), held), None
     rules: Sequence[codec.Upload] = ()
     messages: list[list[codec.Message]] = []
     try:
@@ -264,8 +272,8 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     after = State(stepped, work.held, _holders(state, placed), reference, outcome.owed, memories, speeds=speeds)
     with meter.phase("evaluate"):
         scores = _evaluate(federation, stepped) if plan.evaluate else None
-    told = Told(outcome.download, state.opened, state.residuals_lost)
-    record = _record(federation, stepped, plan, work, told, step, scores, meter)
+    told = records.Told(outcome.download, state.opened, state.residuals_lost)
+    record = records.merged(federation, stepped, plan, work, told, step, scores, meter)
     life.enter("commit", plan.round)
     comm.commit()
     state.become(after)
@@ -320,30 +328,9 @@ def _reference(state: State, task: Task, combined: Aggregate) -> Tensor | None:
     return reference
 
 
-@dataclass
-class Work:
-    """What this rank's participants left in a round.
-
-    Attributes:
-        numbers: float64 [K, 8], mean loss, images trained on, squared residual norm, the bytes of the upload by kind,
-            and those that are no update; zero for others' participants.
-        held: the residuals that this rank will hold after the round, by client.
-        extras: what the clients' hooks left to send besides, float32 [P] each, by client.
-    """
-
-    numbers: np.ndarray
-    held: ResidualStore
-    extras: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def nothing(cls, participants: int, held: ResidualStore) -> Work:
-        """Before any participant has trained."""
-        return cls(np.zeros((participants, 4 + len(KINDS_OF_BYTES))), held)
-
-
 def _train_and_send(
-    federation: Federation, srv: Server, plan: RoundPlan, task: Task, exchange: Exchange, work: Work, meter: Meter,
-    life: Life,
+    federation: Federation, srv: Server, plan: RoundPlan, task: Task, exchange: Exchange, work: records.Work,
+    meter: records.Meter, life: Life,
 ) -> None:  # fmt: skip
     config, comm = federation.config, federation.comm
     received = server.pruned(srv.weights, srv.mask)
@@ -373,7 +360,7 @@ def _train_and_send(
         if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
             raise NumericalError(_diverged(plan, client, comm.rank, f"residual norm {squared**0.5}"))
         work.numbers[slot, :-1] = (
-            result.loss, result.samples, squared, *(getattr(sent, kind) for kind in KINDS_OF_BYTES)
+            result.loss, result.samples, squared, *(getattr(sent, kind) for kind in records.KINDS_OF_BYTES)
         )  # fmt: skip
         work.extras[client] = result.extras
 
@@ -386,7 +373,7 @@ def _confine(held: MutableMapping[int, Residual], client: int, mask: Tensor, pol
 
 
 def _encode_extras(
-    federation: Federation, support: Support, plan: RoundPlan, rules: Sequence[codec.Upload], work: Work
+    federation: Federation, support: Support, plan: RoundPlan, rules: Sequence[codec.Upload], work: records.Work
 ) -> list[list[codec.Message]]:
     """What this rank's participants send besides, counted in their uploads."""
     for client, vectors in work.extras.items():
@@ -399,7 +386,7 @@ def _encode_extras(
     messages, counted = besides.encoded(work.extras, rules, support, plan.round, federation.config.seed)
     for client, taken in counted.items():
         slot = plan.participants.index(client)
-        work.numbers[slot, 3:] += [*(getattr(taken, kind) for kind in KINDS_OF_BYTES), taken.total]
+        work.numbers[slot, 3:] += [*(getattr(taken, kind) for kind in records.KINDS_OF_BYTES), taken.total]
     return messages
 
 
@@ -526,136 +513,3 @@ def unpack_residual(message: np.ndarray) -> Residual | None:
         return None
     values = torch.from_numpy(message[8:].view(np.float32))  # the message's own memory: no second copy of 4 P bytes
     return Residual(values, int(message[:8].view(np.int64)[0]))
-
-
-@dataclass
-class Meter:
-    """Seconds by phase and bytes by purpose of one round on this rank."""
-
-    comm: Communicator
-    enter: Callable[[str], None] = lambda phase: None
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
-
-    def __post_init__(self) -> None:
-        self._start = self._bytes()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.enter(name)
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - started
-
-    def traffic(self) -> list[int]:
-        """Bytes since the meter was made: sent by purpose, then update bytes received."""
-        return [now - before for now, before in zip(self._bytes(), self._start, strict=True)]
-
-    def add(self, sent: int, received: int) -> None:
-        """Count update bytes of before the meter was made."""
-        self._start[0] -= sent
-        self._start[-1] -= received
-
-    def _bytes(self) -> list[int]:
-        return [self.comm.sent[purpose] for purpose in _TRAFFIC] + [self.comm.received["update"]]
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a round's record says besides what the round itself did.
-
-    Attributes:
-        download: bytes of the sums that this rank handed on.
-        opened: what was sent before the first round, in its record.
-        residuals_lost: see `State`.
-    """
-
-    download: Bytes
-    opened: besides.Opened | None
-    residuals_lost: int
-
-
-def _record(
-    federation: Federation,
-    srv: Server,
-    plan: RoundPlan,
-    work: Work,
-    told: Told,
-    step: server.StepReport,
-    scores: evaluate.Scores | None,
-    meter: Meter,
-) -> metrics.Record:
-    """Merge all ranks' measurements into the round's record (names and units: metrics.FIELDS)."""
-    comm, layout, opened = federation.comm, federation.layout, told.opened
-    handed_on = [getattr(told.download, kind) for kind in KINDS_OF_BYTES]
-    if opened is not None:
-        if comm.rank == 0:
-            counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
-            work.numbers[0, 3:] += [*counted, opened.uploaded.total]
-        meter.add(opened.sent, opened.received)
-    own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device), *handed_on], np.float64)
-    measured = comm.gather(own)
-    slowest = dict(zip(meter.seconds, measured.max(axis=0), strict=False))
-    sums = [int(x) for x in measured[:, len(meter.seconds) :].sum(axis=0)]
-    # Every slot is filled by one rank and zero elsewhere, and bytes are whole: the sum is exact for any number of ranks.
-    loss, samples, squared, *uploaded, extra = comm.gather(work.numbers).sum(axis=0).T
-    upload = dict(zip(KINDS_OF_BYTES, (int(column.sum()) for column in uploaded), strict=True))
-    record: metrics.Record = {
-        "round": srv.round,
-        "participants": list(plan.participants),
-        "learning_rate": plan.learning_rate,
-        "penalty": plan.penalty,
-        "sparsity_asked": plan.sparsity,
-        "sparsity": masks.sparsity(srv.mask),
-        "sparsity_by_layer": _by_layer(federation, srv),
-        "mask_updated": int(plan.update_mask),
-        "mask_grown": step.grown,
-        "mask_pruned": step.pruned,
-        "mask_delayed": int(plan.mask_delayed),
-        "penalty_scale": plan.penalty_scale,
-        "regrow_scale": plan.regrow_scale,
-        "train_loss": float((loss * samples).sum() / samples.sum()),
-        **_score_fields(scores),
-        "update_norm": step.update_norm,
-        "pruning_error": step.pruning_error,
-        "residual_norm": float(np.sqrt(squared.sum())),
-        "samples": int(samples.sum()),
-        "upload_bytes": sum(upload.values()),
-        **{f"upload_{kind}_bytes": count for kind, count in upload.items()},
-        "upload_extra_bytes": int(extra.sum()),
-        "dense_bytes": 4 * layout.size * len(plan.participants),
-        "ranks": comm.size,
-        "residuals_lost": told.residuals_lost,
-    }
-    names = (
-        "wire_bytes",
-        "residual_bytes",
-        "control_bytes",
-        "received_bytes",
-        "host_memory_bytes",
-        "device_memory_bytes",
-        *(f"download_{kind}_bytes" for kind in KINDS_OF_BYTES),
-    )
-    measurements = {
-        **{f"{name}_seconds": float(s) for name, s in slowest.items()},
-        **dict(zip(names, sums, strict=True)),
-    }
-    return {**record, **{name: measurements[name] for name in metrics.FIELDS if name in measurements}}
-
-
-def _by_layer(federation: Federation, srv: Server) -> dict[str, float]:
-    layout = federation.layout
-    return dict(zip(layout.prunable_names, masks.layer_sparsities(srv.mask, layout.prunable_sizes), strict=True))
-
-
-def _score_fields(scores: evaluate.Scores | None) -> dict[str, Any]:
-    if scores is None:
-        return {"test_loss": None, "test_accuracy": None, "test_accuracy_top5": None, "client_accuracy": None}
-    clients = None if scores.by_client is None else list(scores.by_client)
-    return {
-        "test_loss": scores.loss,
-        "test_accuracy": scores.top1,
-        "test_accuracy_top5": scores.top5,
-        "client_accuracy": clients,
-    }

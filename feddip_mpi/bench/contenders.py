@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddip_mpi import codec, rounds, values
+from feddip_mpi import codec, records, rounds, values
 from feddip_mpi.aggregate import Aggregate, Sum
 from feddip_mpi.bench.inputs import Inputs
 from feddip_mpi.bench.options import DENSE, PAIRS, Options
@@ -87,7 +87,7 @@ class Contender(Protocol):
     values: str | None
     download: str | None
 
-    def play(self, meter: rounds.Meter) -> None:
+    def play(self, meter: records.Meter) -> None:
         """The whole exchange, from `Desk.work` to the mean on this rank; every rank calls it."""
 
     def result(self) -> Result:
@@ -125,7 +125,7 @@ class ByExchange:
         self._payload = self._received = Bytes()
         self._outcome: Outcome
 
-    def play(self, meter: rounds.Meter) -> None:
+    def play(self, meter: records.Meter) -> None:
         desk, comm, held, payload = self._desk, self._desk.comm, dict(self._desk.inputs.residuals), Bytes()
         exchange = Exchange(comm, self.task, None, meter.phase)
         with meter.phase("encode"):
@@ -229,7 +229,7 @@ class DenseAllreduce:
         """`blocking`: which of the library's two Allreduces (see Communicator.allreduce)."""
         self._desk, self.blocking, self._mean = desk, blocking, torch.zeros(0)
 
-    def play(self, meter: rounds.Meter) -> None:
+    def play(self, meter: records.Meter) -> None:
         desk = self._desk
         with meter.phase("encode"):
             own = self._own()
@@ -279,7 +279,7 @@ class ValuesAndIndices:
         self._received: list[np.ndarray] = []
         self._kept = torch.cat([kept, torch.arange(support.size, desk.inputs.size)])
 
-    def play(self, meter: rounds.Meter) -> None:
+    def play(self, meter: records.Meter) -> None:
         desk, comm = self._desk, self._desk.comm
         with meter.phase("encode"):
             payloads = [self._payload(client) for client in desk.work]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from feddip_mpi import config, costs, hdf5, metrics, rounds, runtime, session
+from feddip_mpi import config, costs, hdf5, metrics, records, runtime, session
 from feddip_mpi.bench import contenders, inputs
 from feddip_mpi.bench.contenders import ByExchange, Contender, DenseAllreduce, Desk, Result
 from feddip_mpi.bench.options import DENSE, Options
@@ -163,7 +163,7 @@ class Bench:
         comm = self._comm
         self._desk.lay_out()
         comm.barrier()
-        meter, started = rounds.Meter(comm), time.perf_counter()
+        meter, started = records.Meter(comm), time.perf_counter()
         line.contender.play(meter)
         total = time.perf_counter() - started
         sent, *_, received = meter.traffic()

@@ -10,10 +10,11 @@ import torch
 from alone import Alone
 from torch import Tensor, nn
 
-from feddip_mpi import checkpoint, config, federation, masks, rounds, run_folder, session
+from feddip_mpi import checkpoint, config, federation, masks, rounds, run_folder
 from feddip_mpi.config import Config
 from feddip_mpi.errors import NumericalError
 from feddip_mpi.federation import Federation
+from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.streams import stream
 
@@ -253,7 +254,7 @@ def test_the_best_finished_model_is_kept_also_where_nothing_is_pruned(method: st
     built = federation.build(config.validate(values), Alone(), torch.device("cpu"))
     folder = run_folder.RunFolder(tmp_path)
     folder.checkpoints.mkdir()
-    saver = session.FolderSaver(built, folder, "2026-01-02T03:04:05+0000")
+    saver = FolderSaver(built, folder, "2026-01-02T03:04:05+0000")
     state, history = rounds.initial_state(built), []
     for t, accuracy in enumerate([0.9, 0.8, 0.7, 0.6]):
         history.append({**rounds.play(built, state, plan_round(built.config, t)), "test_accuracy": accuracy})

@@ -17,6 +17,7 @@ from feddip_mpi.errors import InputError
 from feddip_mpi.federation import Federation
 from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning
+from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
 
 DENSE = ("fedavg", "fedprox")
@@ -119,7 +120,7 @@ def test_resumed_equals_never_stopped(method: str, tmp_path: Path) -> None:
             history.append(rounds.play(first, state, plan_round(first.config, t)))
         folder = run_folder.RunFolder(tmp_path / str(stop))
         folder.checkpoints.mkdir(parents=True)
-        saver = session.FolderSaver(first, folder, "2026-01-02T03:04:05+0000")
+        saver = FolderSaver(first, folder, "2026-01-02T03:04:05+0000")
         saver.save(state, history)
         saver.wait()
         found, _ = checkpoint.newest(folder.checkpoints)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from alone import Alone
 
-from feddip_mpi import checkpoint, config, federation, recovery, rounds, run_folder, session
+from feddip_mpi import checkpoint, config, federation, recovery, rounds, run_folder
 from feddip_mpi.federation import Federation
 from feddip_mpi.recovery import NOBODY
+from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
 
 SAVED, DONE = 3, 5
@@ -34,7 +35,7 @@ def played(built: Federation, folder: Path) -> tuple[rounds.State, list[dict[str
     for t in range(DONE):
         history.append(rounds.play(built, state, plan_round(built.config, t)))
         if t + 1 == SAVED:
-            saver = session.FolderSaver(built, paths, "2026-01-02T03:04:05+0000")
+            saver = FolderSaver(built, paths, "2026-01-02T03:04:05+0000")
             saver.save(state, history)
             saver.wait()
     return state, history, (SAVED, checkpoint.path_of(paths.checkpoints, SAVED))

@@ -12,10 +12,10 @@ import torch
 from alone import Alone
 from torch import nn
 
-from feddip_mpi import checkpoint, config, federation, hdf5, rounds, run_folder, session
+from feddip_mpi import checkpoint, config, federation, hdf5, rounds, run_folder, saver
 from feddip_mpi.errors import FeddipError
+from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
-from feddip_mpi.session import FolderSaver
 from feddip_mpi.writer import Writer
 
 RULES: dict[str, dict[str, Any]] = {
@@ -139,7 +139,7 @@ def test_the_file_holds_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch:
 def test_residuals_that_do_not_fit_are_written_before_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    monkeypatch.setattr(session, "_KEPT_BYTES", room)
+    monkeypatch.setattr(saver, "_KEPT_BYTES", room)
     at_once: list[int] = []
     real, main = checkpoint.add_residual, threading.main_thread()
 

@@ -27,7 +27,7 @@ from unittest import mock
 
 from mpi4py import MPI
 
-from feddip_mpi import cli, rounds, runtime, session
+from feddip_mpi import cli, rounds, runtime, saver
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.server import Server
 
@@ -91,7 +91,7 @@ def main() -> None:
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
             if "kept_bytes" in step:
-                stack.enter_context(mock.patch.object(session, "_KEPT_BYTES", step["kept_bytes"]))
+                stack.enter_context(mock.patch.object(saver, "_KEPT_BYTES", step["kept_bytes"]))
             if "ranks_per_node" in step:
                 stack.enter_context(mock.patch.object(runtime, "ranks_per_node", return_value=step["ranks_per_node"]))
             ended.append(execute(step["argv"]))
