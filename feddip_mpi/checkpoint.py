@@ -295,13 +295,17 @@ def read_residuals(path: Path) -> Iterator[tuple[int, Residual]]:
 
 
 def _read_residual(reader: Reader, name: str) -> Residual:
-    values = reader.array(name)
     size, round = reader.attribute(name, "size"), reader.attribute(name, "round")
-    if values.size < size:
-        dense = np.zeros(size, np.float32)
-        dense[reader.array(name.replace("/values", "/indices"))] = values
-        values = dense
-    return Residual(torch.from_numpy(values), round)
+    where = name.replace("/values", "/indices")
+    if not reader.names(where):
+        values = reader.array(name)
+        if values.size != size:
+            raise DamagedFileError(f"{reader.path}: {name!r} has {values.size} values of {size}, and no indices")
+        return Residual(torch.from_numpy(values), round)
+    # The dense one first: what is freed then lies at the end of the heap, where the next large block takes its room.
+    dense = np.zeros(size, np.float32)
+    dense[reader.array(where)] = reader.array(name)
+    return Residual(torch.from_numpy(dense), round)
 
 
 def read_partition(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:

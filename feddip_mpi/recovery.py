@@ -96,7 +96,7 @@ def _from_checkpoint(
     comm: Communicator, orphans: Sequence[int], holders: Sequence[int], path: Path | None, held: ResidualStore
 ) -> None:
     """Add to `held` the orphans' residuals as they were saved, those for this rank; the others begin with none."""
-    stored = [client for client, _ in checkpoint.read_residuals(path) if client in orphans] if path else []
+    stored = [client for client in checkpoint.residual_bytes(path) if client in orphans] if path else []
     clients = comm.broadcast(stored)
     wanted = (pair for pair in checkpoint.read_residuals(path) if pair[0] in clients) if path else None
     hand_out(comm, clients, holders, wanted, held)

@@ -264,7 +264,7 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
     def check() -> list[Any]:
         assert loaded is not None
         check_same(built, loaded)
-        clients = [client for client, _ in checkpoint.read_residuals(loaded.path)]
+        clients = list(checkpoint.residual_bytes(loaded.path))  # who has one; read when they are handed out
         return [loaded.server.round, clients, loaded.created]
 
     done, clients, created = on_root(comm, check)

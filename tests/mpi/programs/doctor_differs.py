@@ -1,7 +1,13 @@
-"""`feddip-mpi doctor` where rank 1 has another torch, another clock and another random generator than rank 0."""
+"""`feddip-mpi doctor` where rank 1 has another torch, another clock and another random generator than rank 0.
+
+    doctor_differs.py FILE
+
+Rank 0's report goes to FILE: on the launcher's output lines of the other rank may stand in its middle.
+"""
 
 import sys
 import time
+from contextlib import redirect_stdout
 
 from feddip_mpi import probes, runtime
 from feddip_mpi.cli import main
@@ -12,5 +18,10 @@ if runtime.launched_rank() == 1:
     runtime.versions = lambda: {**versions(), "torch": "0.1"}
     probes.mask = lambda settings: mask(settings.model_copy(update={"seed": settings.seed + 1}))
 
+report = sys.argv[1]
 sys.argv = ["feddip-mpi", "doctor", "--json"]
-main()
+with (
+    open(report if runtime.launched_rank() == 0 else "/dev/null", "w", encoding="utf-8") as file,
+    redirect_stdout(file),
+):
+    main()
