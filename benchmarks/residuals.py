@@ -96,10 +96,9 @@ def play(comm: Communicator, built: Federation, folder: Path, zeros: float) -> d
     }
     state.held.clear()
     comm.barrier()
+    left = checkpoint.residual_rounds(path)
     stored = checkpoint.read_residuals(path) if comm.rank == 0 else None
-    seconds, peak, _ = measured(
-        lambda: recovery.hand_out(comm, range(clients), state.holders, stored, state.held), "after"
-    )
+    seconds, peak, _ = measured(lambda: recovery.hand_out(comm, left, state.holders, stored, state.held), "after")
     row |= {
         "restore_seconds": seconds,
         "restore_peak_bytes_above_own_state": peak,

@@ -315,6 +315,13 @@ def read_partition(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
         return reader.array("partition/histogram"), _class_names(reader)
 
 
+def residual_rounds(path: Path) -> dict[int, int]:
+    """The round in which each client left its residual, in client order; clients without one are left out."""
+    with hdf5.open_file(path) as reader:
+        values = [name for name in reader.names("clients/") if name.endswith("/residual/values")]
+        return dict(sorted((int(name.split("/")[1]), int(reader.attribute(name, "round"))) for name in values))
+
+
 def residual_bytes(path: Path) -> dict[int, int]:
     """Bytes that each client's residual takes in the file, by client; clients without one are left out."""
     found: dict[int, int] = {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from feddip_mpi import checkpoint, rounds
+from feddip_mpi import checkpoint
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
@@ -96,10 +96,10 @@ def _from_checkpoint(
     comm: Communicator, orphans: Sequence[int], holders: Sequence[int], path: Path | None, held: ResidualStore
 ) -> None:
     """Add to `held` the orphans' residuals as they were saved, those for this rank; the others begin with none."""
-    stored = [client for client in checkpoint.residual_bytes(path) if client in orphans] if path else []
-    clients = comm.broadcast(stored)
-    wanted = (pair for pair in checkpoint.read_residuals(path) if pair[0] in clients) if path else None
-    hand_out(comm, clients, holders, wanted, held)
+    stored = [pair for pair in checkpoint.residual_rounds(path).items() if pair[0] in orphans] if path else []
+    left = dict(comm.broadcast(stored))
+    wanted = (pair for pair in checkpoint.read_residuals(path) if pair[0] in left) if path else None
+    hand_out(comm, left, holders, wanted, held)
 
 
 def _owed(built: Federation, state: State) -> torch.Tensor | None:
@@ -114,7 +114,7 @@ def _owed(built: Federation, state: State) -> torch.Tensor | None:
 
 def hand_out(
     comm: Communicator,
-    clients: Sequence[int],
+    left: Mapping[int, int],
     holders: Sequence[int],
     stored: Iterator[tuple[int, Residual]] | None,
     held: ResidualStore,
@@ -122,17 +122,18 @@ def hand_out(
     """Stored residuals to their holders, one at a time: rank 0 never has two of them in memory for others.
 
     Args:
-        clients: that have one, in ascending order.
+        left: the round in which each client that has one left it, clients in ascending order.
         holders: the rank of every client.
         stored: them, on rank 0.
         held: takes those that are for this rank.
     """
-    for client in clients:
+    for client, round in left.items():
         residual = next(stored)[1] if stored else None
-        arrived = comm.move([(client, 0, holders[client])], lambda _, r=residual: rounds.pack_residual(r))  # type: ignore[misc]
+        # The values as they lie, without a copy: their round is known.
+        arrived = comm.move([(client, 0, holders[client])], lambda _, r=residual: r.values.numpy().view(np.uint8))  # type: ignore[misc]
         mine = residual if holders[client] == comm.rank == 0 else None
         if client in arrived:
-            mine = rounds.unpack_residual(arrived[client])
+            mine = Residual(torch.from_numpy(arrived[client].view(np.float32)), round)
         if mine is not None:
             held[client] = mine
         del residual, mine, arrived  # before the next one is read

@@ -264,10 +264,12 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
     def check() -> list[Any]:
         assert loaded is not None
         check_same(built, loaded)
-        clients = list(checkpoint.residual_bytes(loaded.path))  # who has one; read when they are handed out
-        return [loaded.server.round, clients, loaded.created]
+        left = list(
+            checkpoint.residual_rounds(loaded.path).items()
+        )  # themselves they are read when they are handed out
+        return [loaded.server.round, left, loaded.created]
 
-    done, clients, created = on_root(comm, check)
+    done, left, created = on_root(comm, check)
     names = on_root(comm, lambda: sorted(loaded.memories) if loaded else [])
 
     def everywhere(values: np.ndarray | None) -> torch.Tensor:
@@ -281,7 +283,7 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
         memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
     holders = rounds.initial_holders(built.config.clients, comm.size)
     held = ResidualStore.of(built.config.upload)
-    recovery.hand_out(comm, clients, holders, checkpoint.read_residuals(loaded.path) if loaded else None, held)
+    recovery.hand_out(comm, dict(left), holders, checkpoint.read_residuals(loaded.path) if loaded else None, held)
     assert srv.weights.numel() == layout.size
     reference, owed = memories.pop("reference", None), memories.pop("owed", None)
     history = list(loaded.history) if loaded else []

@@ -123,6 +123,7 @@ def test_residuals_come_back_bit_for_bit_in_both_forms(tmp_path: Path) -> None:
         assert "clients/0/residual/indices" in reader.names()  # few values: with indices
         assert "clients/2/residual/indices" not in reader.names()
     assert checkpoint.residual_bytes(path) == {0: 3 * 4 + 3 * 4, 2: 42 * 4, 10: 42 * 4}
+    assert list(checkpoint.residual_rounds(path).items()) == [(c, r.round) for c, r in checkpoint.read_residuals(path)]
 
 
 def test_what_the_server_remembers_comes_back_bit_for_bit(tmp_path: Path) -> None:
