@@ -259,7 +259,16 @@ class PruneFLConfig(_Section):
         description="how many weights are kept: as sparsity.* says, or as many as pay for their time (the paper's)",
     )
     removable: float = Field(
-        0.3, gt=0, le=1, description="share of each layer's kept weights, the smallest, that a mask update may remove"
+        0.3,
+        gt=0,
+        le=1,
+        description="share of each layer's kept weights, the smallest, that a mask update may remove; halves over the run",
+    )
+    computing: float = Field(
+        0.035,
+        ge=0,
+        le=1e3,
+        description="time to compute with a weight at one place of an image, over that of sending it; 0: only sending counts",
     )
     first_rounds: int = Field(
         1, ge=0, description="local rounds of the one client that prunes before the federation begins; 0: none"

@@ -56,6 +56,7 @@ class Seen:
         value: float32 [n], v = W + sum_k p_k q_k; for `cut` and `remember` what `merge` made of it.
         extras: float32 [P] each, sum_k p_k x_k of what clients sent besides, in the order of `Method.extras`.
         memories: what the method remembered after the round before.
+        weights: float32 [n], W before the step.
     """
 
     plan: RoundPlan
@@ -63,6 +64,7 @@ class Seen:
     value: Tensor
     extras: tuple[Tensor, ...]
     memories: Mapping[str, Tensor]
+    weights: Tensor
 
 
 class Method:
@@ -219,7 +221,7 @@ class Method:
         self, srv: Server, total: Aggregate, extras: Sequence[Tensor], memories: Mapping[str, Tensor], plan: RoundPlan
     ) -> tuple[Server, StepReport, dict[str, Tensor]]:
         """The server step of a round and what the method remembers after it."""
-        seen = [Seen(plan, srv.support, srv.weights, tuple(extras), memories)]
+        seen = [Seen(plan, srv.support, srv.weights, tuple(extras), memories, srv.weights)]
 
         def merge(value: Tensor) -> Tensor:
             seen[0] = replace(seen[0], value=value)

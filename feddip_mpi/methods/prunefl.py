@@ -31,7 +31,7 @@ class PruneFL(Method):
         used = work.uses(model, input_shape, layout.prunable_names)
         # As in the paper's own table of times, the first layer's computing is never saved, so none of it is a weight's.
         counted = [0, *(used[name] for name in layout.prunable_names[1:])]
-        self._costs = costs(counted, layout.prunable_sizes)
+        self._costs = costs(counted, layout.prunable_sizes, config.prunefl.computing)
 
     @classmethod
     def first_sparsity(cls, config: Config) -> float:
@@ -65,7 +65,7 @@ class PruneFL(Method):
             result = trainer.train(current, mask, samples, c.learning_rate, 0.0, _BEFORE + r, client)
             current, scores = current + result.update, result.extras[0]
             if r + 1 < count:
-                mask = self._chosen(current, scores, mask, c.sparsity.initial * (r + 1) / count)
+                mask = self._chosen(current, scores, mask, c.sparsity.initial * (r + 1) / count, 0)
                 current = server.pruned(current, mask)
         return [current - weights, scores]
 
@@ -76,7 +76,7 @@ class PruneFL(Method):
         trained = weights + opened[0]
         # Outside the client's last mask both parts of the sum are the same number: exactly zero.
         left = trained[: self.layout.prunable] != 0
-        return trained, self._chosen(trained, opened[1], left, self.config.sparsity.initial)
+        return trained, self._chosen(trained, opened[1], left, self.config.sparsity.initial, 0)
 
     def begin(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         # What one client has trained is not rescaled.
@@ -91,31 +91,33 @@ class PruneFL(Method):
         return (Upload("fp32", dense=True),) if plan.update_mask else ()
 
     def cut(self, seen: Seen) -> Tensor:
-        return self._chosen(seen.value, seen.extras[0], seen.old.mask, seen.plan.sparsity)
+        return self._chosen(seen.value, seen.extras[0], seen.old.mask, seen.plan.sparsity, seen.plan.round + 1)
 
-    def _chosen(self, value: Tensor, scores: Tensor, old: Tensor, sparsity: float) -> Tensor:
+    def _chosen(self, value: Tensor, scores: Tensor, old: Tensor, sparsity: float, finished: int) -> Tensor:
         rule, size = self.config.prunefl, self.layout.prunable
         keep = masks.kept_count(size, sparsity) if rule.size == "sparsity" else None
         if keep is not None:
             keep = min(keep, int(old.sum()))  # a mask never grows in size
-        fixed = not_removable(value[:size], old, self.layout.prunable_sizes, rule.removable, keep)
+        removable = rule.removable * 0.5 ** (finished / self.config.rounds)  # the authors' half-life is the whole run
+        fixed = not_removable(value[:size], old, self.layout.prunable_sizes, removable, keep)
         per_time = scores.double() / self._costs.to(scores.device)
         if keep is not None:
             return fixed | masks.select_largest(per_time.masked_fill(fixed, -1.0), keep - int(fixed.sum()))
         return adaptive(scores, self._costs.to(scores.device), fixed, rule.overhead)
 
 
-def costs(uses: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """Time of each weight, float64 [P], in units of the dense model's: half for sending it, half for computing with it.
+def costs(uses: Sequence[int], sizes: Sequence[int], computing: float) -> Tensor:
+    """Time of each weight, float64 [P], in units of the dense model's: what sending takes, and what each use adds.
 
     Args:
         uses: multiplications per image with one weight of each layer (`models.work`).
         sizes: weights of each layer.
+        computing: time of one use over that of sending a weight.
     """
-    total, used = sum(sizes), sum(u * s for u, s in zip(uses, sizes, strict=True))
-    per_weight = [0.5 / total + 0.5 * u / max(1, used) for u in uses]
+    per_weight = [1 + computing * used for used in uses]
+    total = sum(cost * size for cost, size in zip(per_weight, sizes, strict=True))
     return torch.cat(
-        [torch.full((size,), cost, dtype=torch.float64) for size, cost in zip(sizes, per_weight, strict=True)]
+        [torch.full((size,), cost / total, dtype=torch.float64) for size, cost in zip(sizes, per_weight, strict=True)]
     )
 
 

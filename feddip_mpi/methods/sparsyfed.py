@@ -13,8 +13,11 @@ from feddip_mpi.codec import Upload
 from feddip_mpi.config import Config
 from feddip_mpi.local import LocalHook
 from feddip_mpi.methods.base import Method, Seen
-from feddip_mpi.schedules import RoundPlan, last_mask_update
-from feddip_mpi.vector import BoundModel
+from feddip_mpi.schedules import RoundPlan, last_mask_update, sparsity
+from feddip_mpi.streams import torch_seed
+from feddip_mpi.vector import BoundModel, Layout
+
+_CUT_OFF_DEVIATION = 0.8796256610342398  # standard deviation of a standard normal variable within -2 and 2
 
 
 class SparsyFed(Method):
@@ -28,7 +31,7 @@ class SparsyFed(Method):
         """Masks merge in every round until the last mask update, which is exact."""
         plan = super().plan(config, draft)
         last = last_mask_update(config.rounds, config.mask.freeze_after)
-        return replace(plan, sparsity=config.sparsity.final, update_mask=plan.round + 1 <= last)
+        return replace(plan, update_mask=plan.round + 1 <= last)
 
     @classmethod
     def first_sparsity(cls, config: Config) -> float:
@@ -42,6 +45,8 @@ class SparsyFed(Method):
         return None
 
     def start(self, weights: Tensor, opened: object) -> tuple[Tensor, Tensor]:
+        """The authors' initial values: a cut over all layers needs them (docs/methods.md)."""
+        weights = initial_values(weights, self.layout, torch_seed(self.config.seed, "SparsyFed's initial weights"))
         return weights, torch.ones(self.layout.prunable, dtype=torch.bool, device=weights.device)
 
     def hook(self, bound: BoundModel) -> LocalHook:
@@ -53,11 +58,15 @@ class SparsyFed(Method):
         return (Upload("bit"),) if plan.update_mask else ()
 
     def merge(self, seen: Seen) -> Tensor:
-        """What every client has pruned is exactly zero, whatever its value was rounded to on the way."""
-        if not seen.plan.update_mask:
-            return seen.value
-        value = seen.value.clone()
-        value[: seen.old.size].masked_fill_(seen.extras[0] <= 0, 0.0)
+        """W moves by what the clients' theta have moved by on the mean.
+
+        What every client has pruned is exactly zero, whatever its value was rounded to on the way.
+        """
+        value, beta = seen.value.clone(), self.config.sparsyfed.power
+        prunable, before = value[: seen.old.size], seen.weights[: seen.old.size]
+        prunable.copy_(power(power(before, 1 / beta).add_(prunable).sub_(before), beta))
+        if seen.plan.update_mask:
+            prunable.masked_fill_(seen.extras[0] <= 0, 0.0)
         return value
 
     def cut(self, seen: Seen) -> Tensor:
@@ -70,6 +79,25 @@ class SparsyFed(Method):
         return masks.select_largest(seen.value[: seen.old.size].abs().masked_fill_(~union, -1.0), keep)
 
 
+def initial_values(weights: Tensor, layout: Layout, seed: int) -> Tensor:
+    """A copy of `weights` float32 [n] as the authors' code begins.
+
+    Prunable weights are normal, cut off at twice `scale`, with a standard deviation of sqrt(1 / inputs of a neuron);
+    their layers' biases are zero.
+    """
+    out, generator = weights.clone(), torch.Generator().manual_seed(seed)
+    layers = {name.rpartition(".")[0] for name in layout.prunable_names}
+    for name, view in zip(layout.names, layout.views(out), strict=True):
+        if name in layout.prunable_names:
+            scale = (view[0].numel() ** -0.5) / _CUT_OFF_DEVIATION
+            drawn = torch.empty(view.shape)
+            nn.init.trunc_normal_(drawn, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
+            view.copy_(drawn)
+        elif name.rpartition(".")[0] in layers and name.endswith(".bias"):
+            view.zero_()
+    return out
+
+
 def power(values: Tensor, exponent: float) -> Tensor:
     """sign(x) |x|^exponent."""
     return values.abs().pow_(exponent).mul_(values.sign())
@@ -79,9 +107,9 @@ class _Powers(LocalHook):
     """Trains theta, where w = theta |theta|^(beta - 1), and prunes the activations that the weights' gradients see."""
 
     def __init__(self, config: Config, bound: BoundModel) -> None:
-        self._beta, self._size = config.sparsyfed.power, bound.layout.prunable
-        self._keep = masks.kept_count(self._size, config.sparsity.final)
-        self._updating = False
+        self._config, self._beta, self._size = config, config.sparsyfed.power, bound.layout.prunable
+        self._keep, self._updating = self._size, False
+        self._received = torch.empty(self._size, device=bound.vector.device)
         if config.sparsyfed.activations:
             modules = dict(bound.model.named_modules())
             for name in bound.layout.prunable_names:
@@ -89,9 +117,12 @@ class _Powers(LocalHook):
 
     def begin_round(self, round: int, updates_mask: bool) -> None:
         self._updating = updates_mask
+        last = last_mask_update(self._config.rounds, self._config.mask.freeze_after)
+        self._keep = masks.kept_count(self._size, sparsity(self._config.sparsity, round + 1, last))
 
     def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:
-        weights[: self._size].copy_(power(weights[: self._size], 1 / self._beta))
+        self._received.copy_(weights[: self._size])
+        weights[: self._size].copy_(power(self._received, 1 / self._beta))
 
     def gradient(self, gradient: Tensor, weights: Tensor, active: Tensor, kept: Tensor, batch: int) -> None:
         # dL/dtheta = dL/dw * beta |theta|^(beta - 1): a weight of zero stays zero.
@@ -101,14 +132,15 @@ class _Powers(LocalHook):
         torch.mul(power(weights[: self._size], self._beta), kept, out=active[: self._size])
 
     def end(self, weights: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
-        prunable = weights[: self._size]
-        prunable.copy_(power(prunable, self._beta))
-        if not self._updating:
-            return ()
-        keep = min(self._keep, int(kept.sum()))
-        chosen = masks.select_largest(prunable.abs().masked_fill(kept == 0, -1.0), keep)
-        prunable.mul_(chosen)
-        return (chosen.to(torch.float32),)
+        prunable, extras = weights[: self._size], tuple[Tensor, ...]()
+        if self._updating:
+            keep = min(self._keep, int(kept.sum()))
+            chosen = masks.select_largest(prunable.abs().masked_fill(kept == 0, -1.0), keep)
+            prunable.mul_(chosen)
+            extras = (chosen.to(torch.float32),)
+        # What travels is how far theta has moved: `merge` averages that.
+        prunable.sub_(power(self._received, 1 / self._beta)).add_(self._received)
+        return extras
 
 
 def prune_activations(layer: nn.Module) -> None:
