@@ -305,9 +305,32 @@ class SparsyFedConfig(_Section):
     )
 
 
+class FedRTSConfig(_Section):
+    """FedRTS: votes of clients and server shape Beta distributions, masks are drawn from them (`method: fedrts`)."""
+
+    adjust: float = Field(
+        0.4,
+        gt=0,
+        lt=1,
+        description="alpha, share of each layer's weights that nobody votes for, at first; falls as a cosine",
+    )
+    mix: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="gamma, share of the server's own judgement by the average; the rest: clients' votes",
+    )
+    scale: float = Field(10.0, gt=0, le=1e4, description="lambda, how many observations one round's votes count for")
+    observe: Literal["all", "mask_updates"] = Field(
+        "all",
+        description="clients vote in every round up to the last mask update, or only in those that update the mask",
+    )
+
+
 # The methods of this program (`feddip_mpi.methods`); any other is named by its import path.
 METHODS = (
     "feddip", "fedavg", "fedprox", "erk", "gradual", "snip", "ssfl", "feddst", "prunefl", "prunetrain", "sparsyfed",
+    "fedrts",
 )  # fmt: skip
 
 
@@ -354,6 +377,7 @@ class Config(_Section):
     prunefl: PruneFLConfig = Field(default_factory=PruneFLConfig, description="settings of method: prunefl")
     prunetrain: PruneTrainConfig = Field(default_factory=PruneTrainConfig, description="settings of method: prunetrain")
     sparsyfed: SparsyFedConfig = Field(default_factory=SparsyFedConfig, description="settings of method: sparsyfed")
+    fedrts: FedRTSConfig = Field(default_factory=FedRTSConfig, description="settings of method: fedrts")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")

@@ -199,7 +199,8 @@ class Choice:
         """The exchange of this round, logged with its reason when it changes."""
         if self._network is None:
             return plan.exchange
-        federation, upload = self._federation, upload_rule(self._federation.config, plan, support)
+        federation = self._federation
+        upload = federation.method.updates(upload_rule(federation.config, plan, support))
         counts = support.count, support.size, federation.layout.size
         payload = codec.expected_bytes(upload, *counts)
         # The sum has the off-mask coordinates of all participants; that they all name others is the worst case.
@@ -253,7 +254,8 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     messages: list[list[codec.Message]] = []
     try:
         _train_and_send(federation, state.server, plan, task, exchange, work, meter, life)
-        rules = federation.method.extras(federation.config, plan, task.upload)
+        planned = upload_rule(federation.config, plan, state.server.support)
+        rules = federation.method.extras(federation.config, plan, planned)
         messages = _encode_extras(federation, state.server.support, plan, rules, work)
     except RankLost:
         raise
@@ -289,7 +291,7 @@ def _check_all(comm: Communicator, exchange: Exchange, error: FeddipError | None
 
 
 def upload_rule(config: Config, plan: RoundPlan, support: Support) -> codec.Upload:
-    """How every client encodes in a round."""
+    """How every client encodes in a round, as its plan says it; see `Method.updates`."""
     return codec.Upload(
         values=config.upload.values,
         stochastic=config.upload.rounding == "stochastic",
@@ -308,7 +310,7 @@ def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[in
         round=plan.round,
         support=support,
         size=federation.layout.size,
-        upload=upload_rule(config, plan, support),
+        upload=federation.method.updates(upload_rule(config, plan, support)),
         placed=placed,
         shares=besides.shares(samples, plan.participants),
         # With references the sum runs over all clients, those that are absent with what they sent last.

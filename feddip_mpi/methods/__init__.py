@@ -31,6 +31,7 @@ _CLASSES = {
     "prunefl": "PruneFL",
     "prunetrain": "PruneTrain",
     "sparsyfed": "SparsyFed",
+    "fedrts": "FedRTS",
 }
 assert tuple(_CLASSES) == METHODS
 

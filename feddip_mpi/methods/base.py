@@ -76,6 +76,7 @@ class Method:
             with "none" every weight is kept and travels.
         penalised: lambda_t of `penalty.*` applies.
         regrows: clients send coordinates from outside the mask as `upload.regrow*` says.
+        names_only: what a plan's `regrow` counts is named among the extras, without values; updates have none of it.
         confined: gradients, residuals and the server's memory stay inside the mask; nothing outside it exists.
         any_residual: `upload.residual: ef21` is possible.
     """
@@ -84,6 +85,7 @@ class Method:
     masking: ClassVar[Literal["scheduled", "fixed", "none"]] = "scheduled"
     penalised: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
+    names_only: ClassVar[bool] = False
     confined: ClassVar[bool] = True
     any_residual: ClassVar[bool] = True
 
@@ -198,8 +200,13 @@ class Method:
 
     @classmethod
     def extras(cls, config: Config, plan: RoundPlan, upload: Upload) -> tuple[Upload, ...]:
-        """How each vector [P] that a client's hook leaves travels besides its update; `upload`: how that does."""
+        """How each vector [P] that a client's hook leaves travels besides its update; `upload`: as the plan says it."""
         return ()
+
+    @classmethod
+    def updates(cls, upload: Upload) -> Upload:
+        """How updates travel; `upload`: as the plan says it."""
+        return replace(upload, regrow=0) if cls.names_only else upload
 
     def memory(self) -> str:
         """What W is after a step: see `server.step`."""

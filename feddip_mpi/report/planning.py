@@ -44,7 +44,8 @@ def rows(config: Config, layout: Layout, opening: Opening | None) -> list[Row]:
         # Clients encode with the mask as it was before the round; see rounds.upload_rule and codec.encode.
         rule = codec.Upload(config.upload.values, dense=plan.dense_upload, regrow=round(plan.regrow * kept))
         regrow = 0 if plan.dense_upload else min(rule.regrow, layout.prunable - kept)
-        upload = round(codec.expected_bytes(rule, kept, layout.prunable, layout.size) * config.participants)
+        updates = method.updates(rule)
+        upload = round(codec.expected_bytes(updates, kept, layout.prunable, layout.size) * config.participants)
         for extra in method.extras(config, plan, rule):
             upload += round(codec.expected_bytes(extra, kept, layout.prunable, layout.prunable) * config.participants)
         if opening is not None and t == 0:

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prunefl": {"method": "prunefl", "data__partition": "dirichlet"},
     "ssfl": {"method": "ssfl", "upload__values": "int8"},
     "sparsyfed": {"method": "sparsyfed", "overlap": False},
+    "fedrts": {"method": "fedrts", "data__partition": "dirichlet"},
     "by speed": {**INT4, "balance": "speed"},
     "bf16": {**INT4, "precision": "bf16", "upload__residual_values": "bf16", "upload__residual_memory": 0},
     "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological", "upload__values": "fp32"},

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from feddip_mpi import codec, config, federation, masks, models, rounds, server
 from feddip_mpi.errors import InputError
 from feddip_mpi.federation import Federation
-from feddip_mpi.methods import channels, feddst, prunefl, prunetrain, sparsyfed
+from feddip_mpi.methods import channels, feddst, fedrts, prunefl, prunetrain, sparsyfed
 from feddip_mpi.methods.base import Seen
 from feddip_mpi.models import work
 from feddip_mpi.report import terminal
@@ -236,6 +236,150 @@ def test_a_round_of_feddst_equals_a_plain_loop() -> None:
     grown = round(plan.regrow * int(old.sum()))
     extra = record["upload_extra_bytes"] / 3
     assert 2 * 56 + math.ceil(int(old.sum()) / 8) + grown / 8 < extra < 2 * 56 + int(old.sum()) / 8 + 2.2 * grown + 8
+
+
+# FedRTS
+
+
+def test_fedrts_votes_by_hand() -> None:
+    kept = torch.tensor([1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
+    sizes = [6, 4, 2]  # keep 3, 2 and 2; a share of a half exchanges one of three, one of two, none where all are kept
+    weights = torch.tensor([5.0, -1, 3, 9, 9, 9, 2, -4, 9, 9, 0.1, -0.2])
+    assert fedrts.core(weights, kept, sizes, 0.5).nonzero().squeeze(1).tolist() == [0, 2, 7, 10, 11]
+    pull = torch.tensor([9.0, 9, 9, 1, -3, 2, 9, 9, 0.5, -0.25, 9, 9])
+    assert fedrts.wanted(pull, kept, sizes, 0.5).nonzero().squeeze(1).tolist() == [4, 8]
+
+
+def test_fedrts_outcomes_by_hand() -> None:
+    """Inside the mask a quarter of the server's own judgement, outside a quarter of 1/2; the rest are clients' votes."""
+    votes = torch.tensor([1.0, 0.4, 0.0, 0.0, 0.6])
+    own = torch.tensor([True, False, True, False, False])
+    kept = torch.tensor([True, True, True, False, False])
+    found = fedrts.outcomes(votes, own, kept, 0.25)
+    assert torch.allclose(found, torch.tensor([1.0, 0.3, 0.25, 0.125, 0.575]))
+    assert fedrts.outcomes(votes + 1e-6, own, kept, 0.0).max() == 1  # rounding of shares makes no outcome of above 1
+
+
+def small_fedrts(**values: Any) -> tuple[Federation, Seen]:
+    """At a mask update in which half of each layer's weights may be exchanged; the first layer keeps weights 0 to 3."""
+    built = fp32("fedrts", fedrts={"adjust": 0.6, "mix": 0.5, "scale": 8, **values})
+    size, layers = built.layout.prunable, built.layout.prunable_sizes
+    old = torch.zeros(size, dtype=torch.bool)
+    old[:4] = True
+    old[layers[0] : layers[0] + 2] = True
+    value, votes = torch.zeros(built.layout.size), torch.zeros(size)
+    value[:4] = torch.tensor([0.4, -0.5, 0.1, 0.2])
+    value[layers[0] : layers[0] + 2] = torch.tensor([1.0, 2.0])
+    votes[:6] = torch.tensor([1.0, 0.75, 0.25, 0.0, 0.5, 0.0])
+    memories = {"alpha": torch.full((size,), 2.0), "beta": torch.full((size,), 3.0)}
+    plan = dataclasses.replace(plan_round(built.config, 1), update_mask=True)
+    assert fedrts.exchanged_share(built.config, 1) == pytest.approx(0.3 * (1 + math.cos(math.pi / 3)))  # 0.45
+    return built, Seen(plan, Support.of(old), value, (votes,), memories)
+
+
+def test_fedrts_learns_by_hand() -> None:
+    """alpha <- alpha + lambda X, beta <- beta + lambda (1 - X)."""
+    built, seen = small_fedrts()
+    after = built.method.remember(seen, seen.old.mask)
+    # One of four may go: the server itself would drop weight 2. Outside: a half of 0.5 and of the votes.
+    x = torch.tensor([1.0, 0.875, 0.125, 0.5, 0.5, 0.25])
+    assert torch.allclose(after["alpha"][:6], 2 + 8 * x) and torch.allclose(after["beta"][:6], 3 + 8 * (1 - x))
+    assert torch.allclose(seen.memories["alpha"], torch.tensor(2.0))  # pure
+    # In a round that keeps the mask nothing is learnt of what is outside it.
+    between = dataclasses.replace(seen, plan=dataclasses.replace(seen.plan, update_mask=False))
+    after = built.method.remember(between, seen.old.mask)
+    assert torch.allclose(after["alpha"][:6], 2 + 8 * x * seen.old.mask[:6])
+    assert torch.allclose(after["beta"][:6], 3 + 8 * (1 - x) * seen.old.mask[:6])
+    # After the last mask update nothing is.
+    last = dataclasses.replace(seen, plan=plan_round(built.config, 3), extras=())
+    assert built.method.remember(last, seen.old.mask) == seen.memories
+
+
+def test_fedrts_draws_by_hand() -> None:
+    """Each layer keeps its largest samples, as many as it had; the draws are a pure function of seed and round."""
+    built, seen = small_fedrts()
+    after = built.method.remember(seen, seen.old.mask)
+    drawn = stream(1, "thompson sampling", 1).beta(after["alpha"].double().numpy(), after["beta"].double().numpy())
+    mask, (first, second, _) = built.method.cut(seen), built.layout.prunable_sizes
+    assert set(mask[:first].nonzero().squeeze(1).tolist()) == set(np.argsort(-drawn[:first])[:4].tolist())
+    best = np.argsort(-drawn[first : first + second])[:2].tolist()
+    assert set(mask[first : first + second].nonzero().squeeze(1).tolist()) == set(best)
+    assert not mask[first + second :].any() and torch.equal(mask, built.method.cut(seen))
+    # With overwhelming evidence there is no luck in it.
+    sure, seen = small_fedrts(scale=1e4, mix=0)
+    assert sure.method.cut(seen)[:first].nonzero().squeeze(1).tolist()[:2] == [0, 1]
+
+
+def test_a_round_of_fedrts_equals_a_plain_loop() -> None:
+    """Clients vote by their own weights and by the mean gradient of their last epoch."""
+    built = fp32("fedrts", fedrts={"adjust": 0.6, "mix": 0.25, "scale": 4})
+    c, layout = built.config, built.layout
+    state, prunable, sizes = rounds.initial_state(built), layout.prunable, list(layout.prunable_sizes)
+    first = rounds.play(built, state, plan_round(c, 0))
+    start, old, before = state.server.weights.clone(), state.server.mask.clone(), dict(state.memories)
+    assert first["mask_grown"] == 0 and torch.allclose(before["alpha"] + before["beta"], 2.0 + 4 * old)
+    plan, share = plan_round(c, 1), 0.3 * (1 + math.cos(math.pi / 3))
+    value, votes = torch.zeros(layout.size, dtype=torch.float64), torch.zeros(prunable, dtype=torch.float64)
+    total = sum(built.samples[k] for k in plan.participants)
+
+    def best(magnitudes: Tensor, among: Tensor, count: Any) -> Tensor:
+        parts = []
+        for part, allowed, kept in zip(magnitudes.split(sizes), among.split(sizes), old.split(sizes), strict=True):
+            moved = min(int(share * int(kept.sum())), int((~kept).sum()))
+            order = part.abs().masked_fill(~allowed, -1).argsort(descending=True, stable=True)
+            parts.append(torch.zeros_like(allowed))
+            parts[-1][order[: count(int(kept.sum()), moved)]] = True
+        return torch.cat(parts)
+
+    named = 0
+    for client in plan.participants:
+        model, given = deepcopy(built.bound.model).train(), batches(built, 1, client)
+        load(model, start, built)
+        pulled = torch.zeros(prunable)
+        for number, (images, labels) in enumerate(given):
+            pull = gradient(model, images, labels, layout.names[: layout.parameter_tensors])
+            if number >= len(given) // 2:  # the second of two epochs
+                pulled += pull[:prunable]
+            now = flatten(model, layout)
+            pull[:prunable].mul_(old)
+            now[: layout.parameters] -= plan.learning_rate * (pull + c.weight_decay * now[: layout.parameters])
+            load(model, now, built)
+        own = flatten(model, layout)
+        inside, outside = best(own[:prunable], old, lambda k, m: k - m), best(pulled, ~old, lambda k, m: m)
+        named += int(outside.sum())
+        p = built.samples[client] / total
+        value += p * own.double()
+        votes += p * (inside | outside)
+    aggregated = torch.where(old, best(value[:prunable], old, lambda k, m: k - m).double(), 0.5)
+    x = 0.25 * aggregated + 0.75 * votes
+    record = rounds.play(built, state, plan)
+    alpha, beta = before["alpha"] + 4 * x, before["beta"] + 4 * (1 - x)
+    assert torch.allclose(state.memories["alpha"].double(), alpha, atol=1e-4)
+    assert torch.allclose(state.memories["beta"].double(), beta, atol=1e-4)
+    assert record["mask_grown"] == record["mask_pruned"] > 5 and named > 15
+    for new, kept in zip(state.server.mask.split(sizes), old.split(sizes), strict=True):
+        assert int(new.sum()) == int(kept.sum())
+    value[:prunable][~(state.server.mask & old)] = 0  # what has just entered has no weight yet
+    assert torch.allclose(state.server.weights.double(), value, rtol=1e-3, atol=2e-5)
+
+
+def test_fedrts_sends_indices_and_no_gradients() -> None:
+    """In-mask values as ever; votes are bits of these, and at mask updates indices of others (and a bit for each)."""
+    built = fp32("fedrts")
+    state = rounds.initial_state(built)
+    records, kept = play(built, state), int(state.server.mask.sum())
+    plain = records[3]["upload_bytes"]  # no mask update follows, nobody votes
+    assert records[3]["upload_extra_bytes"] == 0
+    for record, update in zip(records, (False, True, True, False), strict=True):
+        assert record["upload_bytes"] - record["upload_extra_bytes"] == plain
+        if record is not records[3]:
+            named = round(plan_round(built.config, record["round"] - 1).regrow * kept)
+            assert (named > 0) == update and (record["upload_indices_bytes"] > 0) == update
+            least = (56 + math.ceil(kept / 8)) + update * (56 + math.ceil(named / 8))
+            extra = (record["upload_extra_bytes"] - record["upload_indices_bytes"]) / 3
+            assert extra == least and record["upload_indices_bytes"] / 3 < 1.5 * named * update + 1
+    quiet = play(built := fp32("fedrts", fedrts={"observe": "mask_updates"}), rounds.initial_state(built))
+    assert [r["upload_extra_bytes"] > 0 for r in quiet] == [False, True, True, False]
 
 
 # PruneFL
@@ -611,7 +755,7 @@ def test_sparsyfed_keeps_the_union_then_cuts_by_hand() -> None:
 # What they share
 
 
-@pytest.mark.parametrize("method", ["erk", "snip", "ssfl", "feddst"])
+@pytest.mark.parametrize("method", ["erk", "snip", "ssfl", "feddst", "fedrts"])
 def test_a_sparse_beginning_can_be_rescaled(method: str) -> None:
     plain, scaled = fp32(method), fp32(method, mask={"every": 2, "rescale": True})
     one, other = rounds.initial_state(plain).server, rounds.initial_state(scaled).server

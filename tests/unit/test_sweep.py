@@ -131,7 +131,7 @@ def test_the_grids_are_good() -> None:
     assert {c.method for c in study.values()} == set(config.METHODS)
     assert {c.seed for c in study.values()} == {1, 2, 3} and {c.rounds for c in study.values()} == {100}
     assert {c.sparsity.final for c in study.values() if c.method == "feddip"} == {0.8, 0.9, 0.95, 0.98, 0.99}
-    assert len(study) == 4 * 3 * (2 + 11 * 5)  # partitions, seeds, dense methods and the others at five sparsities
+    assert len(study) == 4 * 3 * (2 + 12 * 5)  # partitions, seeds, dense methods and the others at five sparsities
     assert study["dirichlet-0.1_feddip_sparsity-0.98_seed-3"].data.alpha == 0.1
     assert study["pathological-2_fedavg_seed-1"].upload.values == "fp32"
 
