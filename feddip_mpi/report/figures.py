@@ -6,6 +6,7 @@ methods would lie on each other, each method has a panel of its own.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,9 @@ def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
 
 
 def _named(panel: Axes, group: Group) -> None:
-    panel.set_title(plots._clip(group.name, 20), fontsize=8.5, pad=3)
+    """Its name over its panel, in two lines where it is long."""
+    text = "\n".join(textwrap.wrap(plots._clip(group.name, 42), 21))
+    panel.set_title(text, fontsize=8.5 if len(text) <= 18 else 7.5, pad=3)
 
 
 def penalty(groups: Sequence[Group], look: Look) -> Picture | None:
