@@ -132,6 +132,7 @@ def _section(
         "id": f"setting-{number}",
         "title": setting,
         "rows": [tables.display_cells(line, letters) for line in lines],
+        "last": summaries.last_evaluations(members),
         "against": lines[0].against.title if lines[0].against else None,
         "mixed": len({kind for group in members for kind in group.hardware}) > 1,
         "figures": drawn,

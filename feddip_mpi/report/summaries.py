@@ -242,6 +242,18 @@ def dense_of(made: Sequence[Group]) -> Group | None:
     return exact[0] if len(exact) == 1 else None
 
 
+def last_evaluations(made: Sequence[Group]) -> str:
+    """Of which evaluations `Line.last5` is the mean, in words: five, or fewer where a run had no more."""
+    counts = {sum(row.get("test_accuracy") is not None for row in run.records) for group in made for run in group.runs}
+    if min(counts) >= 5:
+        return "last 5 evaluations"
+    return (
+        f"last {counts.pop()} evaluations"
+        if len(counts) == 1
+        else "last 5 evaluations, or of all where a run had fewer"
+    )
+
+
 def lines(made: Sequence[Group]) -> list[Line]:
     """The summary of one setting."""
     dense = dense_of(made)

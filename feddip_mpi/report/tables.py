@@ -151,8 +151,9 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     of_most = max({group.seeds for group in every}, key=[group.seeds for group in every].count)
     rows = {group.label: group for group in sorted(every, key=_rank)}  # in the order in which a label comes first
     lines = [
-        f"{name}. Accuracy of the pruned model on the test images, mean of the last 5 evaluations: {_over(of_most)}; "
-        "uploads of all clients in all rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
+        f"{name}. Accuracy of the pruned model on the test images, mean of the "
+        f"{summaries.last_evaluations(every)}: {_over(of_most)}; uploads of all clients in all "
+        "rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
         "| method | " + " | ".join(f"{summaries.capital(partition)}, {level:.4g}" for partition, level in columns) + " |",
         "|---" * (1 + len(columns)) + "|",
     ]  # fmt: skip

@@ -224,7 +224,7 @@ def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study
         "",
         "Ended beside the sparsity asked for: FedDIP 0.9012.",
     ]  # fmt: skip
-    assert "mean of the seeds 1, 2 (lowest to highest)" in text
+    assert "mean of the last 3 evaluations: mean of the seeds 1, 2 (lowest to highest)" in text
 
 
 def test_names_as_papers_write_them() -> None:
