@@ -6,7 +6,7 @@ any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,8 +94,13 @@ def _task(
     return Task("allgatherv", False, round, support, size, rule, placed, weights)
 
 
-def opening(federation: Federation, holders: Sequence[int]) -> tuple[list[Tensor], Opened | None]:
-    """What the method's clients measure before the first round, added up: a vector for each size that it asks for."""
+def opening(
+    federation: Federation, holders: Sequence[int], stopped: Callable[[], FeddipError | None] = lambda: None
+) -> tuple[list[Tensor], Opened | None]:
+    """What the method's clients measure before the first round, added up: a vector for each size that it asks for.
+
+    `stopped` is asked before each client: an error that it returns on one rank ends the opening on all.
+    """
     config, comm, asked = federation.config, federation.comm, federation.method.opening()
     if asked is None:
         return [], None
@@ -113,6 +118,8 @@ def opening(federation: Federation, holders: Sequence[int]) -> tuple[list[Tensor
         try:
             for client in clients:
                 if placed[client] == comm.rank:
+                    if (error := stopped()) is not None:
+                        break
                     uploaded += _measure(federation, asked, support, exchanges, client)
         except RankLost:
             raise

@@ -120,14 +120,18 @@ def verify(paths: tuple[str, ...]) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["safetensors", "torch", "sparse"]),
-    help="Default by the ending: .safetensors, .pt or .pth, .sparse.safetensors.",
+    type=click.Choice(["safetensors", "torch", "sparse", "small"]),
+    help="Default by the ending: .safetensors, .pt or .pth, .sparse.safetensors, .small.safetensors.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def export(checkpoint: str, file: str, form: str | None, force: bool) -> None:
     """Write the pruned model to a file of its own.
 
     The newest checkpoint is taken where CHECKPOINT is a run folder; FILE can be read without this package.
+
+    safetensors and torch: every tensor dense, zeros included, for load_state_dict. sparse: only the weights that are left, for
+    storing and sending; it is read back dense. small: the network without the channels that prunetrain removed. The command
+    prints how to read what it wrote.
     """
     from feddip_mpi import checkpoint as checkpoints
     from feddip_mpi import export as exporting

@@ -140,14 +140,19 @@ def report(exported: Exported) -> str:
             lines.append("no smaller: few or no channels are without weights (`method: prunetrain` removes whole ones)")
     else:
         snippet = "".join(f"    {line}" for line in READ_SPARSE.replace("FILE", file).splitlines(keepends=True))
+        lines.append("for storing and sending: only the weights that are left; reading it gives the dense tensors back")
         lines.append(
-            f"read it: feddip_mpi.export.load_sparse({file}), or with numpy and safetensors alone:\n\n{snippet}"
+            f"read it: model.load_state_dict(feddip_mpi.export.load_sparse({file})), or with "
+            f"numpy and safetensors alone:\n\n{snippet}"
         )
     return "\n".join(lines)
 
 
 def form_of(path: Path) -> str:
     """The form that the ending of a file's name asks for. Raises InputError for any other ending."""
+    for form in ("sparse", "small"):
+        if path.suffix in (".pt", ".pth") and path.stem.endswith(f".{form}"):
+            raise InputError(f"{path}: the {form} form is a safetensors file; end it in .{form}.safetensors")
     for suffix, form in _SUFFIXES.items():
         if path.name.endswith(suffix):
             return form

@@ -88,11 +88,15 @@ class State:
         vars(self).update(vars(other))
 
 
-def initial_state(federation: Federation) -> State:
-    """The state before the first round: initial weights, pruned by the first mask, nothing remembered."""
+def initial_state(federation: Federation, stopped: Callable[[], FeddipError | None] = lambda: None) -> State:
+    """The state before the first round: initial weights, pruned by the first mask, nothing remembered.
+
+    Args:
+        stopped: asked on each rank before each client that measures something for it; what it returns is raised on all ranks.
+    """
     config, layout, method = federation.config, federation.layout, federation.method
     holders = initial_holders(config.clients, federation.comm.size)
-    sums, opened = besides.opening(federation, holders)
+    sums, opened = besides.opening(federation, holders, stopped)
     weights, mask = method.begin(federation.initial, sums)
     weights = server.pruned(weights, mask)
     # With references (EF21) server and clients share what was sent instead of keeping what was not.

@@ -123,9 +123,18 @@ def _hold(held: ExitStack, lock: Lock) -> None:
 
 def _begin(built: Federation, run: Run) -> None:
     """Play a run from its first round on."""
-    state = rounds.initial_state(built)
+    state = _first_state(built, run)
     run.created = on_root(built.comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     _play(built, run, state, [])
+
+
+def _first_state(built: Federation, run: Run) -> State:
+    """The state before the first round. Raises Stopped where a signal came while clients measured for it."""
+    return rounds.initial_state(built, lambda: _stopped_before(0, run) if run.stop.requested else None)
+
+
+def _stopped_before(round: int, run: Run) -> Stopped:
+    return Stopped(f"stopped by a signal before round {round + 1}; `feddip-mpi resume {run.folder.path}` goes on")
 
 
 def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
@@ -325,8 +334,7 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
         comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, history, built.config.tensorboard))
     )
     if comm.any(stop.requested):
-        message = f"stopped by a signal before round {state.server.round + 1}"
-        comm.check(Stopped(f"{message}; `feddip-mpi resume {folder.path}` goes on"))
+        comm.check(_stopped_before(state.server.round, run))
     progress = terminal.progress(built, folder.path) if comm.rank == 0 else None
 
     def report(record: Record) -> None:
@@ -447,7 +455,7 @@ def _mended(built: Federation, run: Run, state: State, history: list[Record]) ->
                 _save_now(FolderSaver(built, folder, run.created), state, history)
             return state, history, "nothing is played again"
     if not name:
-        return rounds.initial_state(built), [], "from the start: nothing was saved"
+        return _first_state(built, run), [], "from the start: nothing was saved"
     state, history, _ = _restore(built, loaded[0] if loaded else None)
     return state, history, f"rewound to {name}"
 
@@ -489,6 +497,8 @@ def summarise(
         "test_accuracy": accuracy,
         "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
         "test_accuracy_spread_of_last_5": max(scored) - min(scored),
+        "evaluations_in_mean": len(scored),  # fewer than 5 of a short run
+        "server_remembers": built.method.memory() == "on" and not bool(mask.all()),
         "dense_memory_accuracy": memory_accuracy,
         "sparsity": last["sparsity"],
         "sparsity_by_layer": last["sparsity_by_layer"],

@@ -1,76 +1,42 @@
 """The figures of a report: what differs between methods, with the spread of their seeds.
 
-Each function draws one figure of a setting from its groups, and returns None where there is nothing to draw. The figures are
-narrow, so that a page can show them on a telephone.
+Each function draws one figure of a setting from its groups, and returns None where there is nothing to draw. Where lines of many
+methods would lie on each other, each method has a panel of its own.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feddip_mpi.report import plots, summaries, terminal
+from feddip_mpi.report import accuracy_figures, drawing, plots, summaries, terminal
+from feddip_mpi.report.accuracy_figures import accuracy, same_hardware
+from feddip_mpi.report.drawing import DENSE_GREY, Look, Picture
 from feddip_mpi.report.plots import BLUE, GREEN, GREY, VERMILION
-from feddip_mpi.report.summaries import Group, Spread
+from feddip_mpi.report.summaries import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_WIDTH = 5.6  # inches
-_FOOTER = 0.5  # inches below a figure for what it was made from
-_FOOTER_LINES = 5
-_COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F00", "#5D3A9B")
-_MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")  # one more than colours: no pair comes twice soon
 _KIND_COLOURS = (BLUE, "#E69F00", GREEN, GREY, "#56B4E9", "#F0E442", "#8FD3BC", "#BBBBBB", "#CC79A7", VERMILION)
-_CROWDED = 4  # methods
 _LEGEND_LAYERS = 10  # beyond, a legend would hide the lines
-SPREAD = "mean of the seeds; ranges, bars and bands from the lowest to the highest"
+Draw = Callable[[Sequence[Group], Look], Picture | None]
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A figure with what stands around it.
+def of_settings(
+    settings: Mapping[str, Sequence[Group]], look: Look, footer: Callable[[Sequence[Group]], str]
+) -> Iterator[Picture]:
+    """The figures that put partitions side by side.
 
-    Attributes:
-        name: of its files, unique within a setting.
-        title: one line.
-        alternative: what it shows in words and numbers, for who does not see it.
-        figure: drawn.
-        groups: whose numbers are in it.
+    Args:
+        settings: the groups of settings that differ in the partition alone, by the partition's name.
     """
-
-    name: str
-    title: str
-    alternative: str
-    figure: Figure
-    groups: tuple[Group, ...]
-
-
-class Look:
-    """One colour and one mark for each method of a report, the same in all figures."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self._places = {label: place for place, label in enumerate(sorted({group.label for group in groups}))}
-
-    def colour(self, label: str) -> str:
-        return _COLOURS[self._places[label] % len(_COLOURS)]
-
-    def line(self, label: str) -> dict[str, Any]:
-        place = self._places[label]
-        return {"color": self.colour(label), "linestyle": ("-", "--", ":")[place // len(_COLOURS) % 3]}
-
-    def mark(self, label: str) -> str:
-        return _MARKS[self._places[label] % len(_MARKS)]
-
-
-def style() -> AbstractContextManager[None]:
-    """Everything here is to be drawn inside it. Raises InputError where matplotlib is missing."""
-    return plots._style()
+    picture = accuracy_figures.overview(settings, look)
+    if picture is not None:
+        yield drawing.finish(picture, "", footer)
 
 
 def of_setting(groups: Sequence[Group], look: Look, footer: Callable[[Sequence[Group]], str]) -> Iterator[Picture]:
@@ -80,256 +46,88 @@ def of_setting(groups: Sequence[Group], look: Look, footer: Callable[[Sequence[G
         groups: of one setting.
         footer: the line about runs, versions and hardware that stands in the figure.
     """
-    general: tuple[Callable[[Sequence[Group], Look], Picture | None], ...] = (
-        accuracy_by_sparsity, accuracy_by_bytes, accuracy_by_seconds, client_accuracy, bytes_by_kind, time_by_phase, memory,
-        partition,
+    general: tuple[Draw, ...] = (
+        accuracy_figures.accuracy_by_sparsity, accuracy_figures.accuracy_by_bytes, accuracy_figures.accuracy_by_seconds,
+        accuracy_figures.accuracy_by_method, client_accuracy, bytes_by_kind, time_by_phase, memory, partition,
     )  # fmt: skip
-    by_level: tuple[Callable[[Sequence[Group], Look], Picture | None], ...] = (
-        accuracy_by_round, sparsity_by_layer, mask_churn, penalty, pruning_error,
-    )  # fmt: skip
+    by_level: tuple[Draw, ...] = (accuracy_by_round, sparsity_by_layer, mask_churn, penalty, pruning_error)
     dense = [group for group in groups if not group.prunes]
     levels = sorted({group.level for group in groups if group.prunes})
     for draw in general:
-        yield from _finish(draw(groups, look), "", footer)
+        picture = draw(groups, look)
+        if picture is not None:
+            yield drawing.finish(picture, "", footer)
     for level in levels or [0.0]:
         members = [*dense, *(group for group in groups if group.prunes and group.level == level)]
         for draw in by_level:
-            yield from _finish(draw(members, look), f"sparsity {level:.4g}" if levels else "", footer)
-
-
-def _finish(picture: Picture | None, level: str, footer: Callable[[Sequence[Group]], str]) -> Iterator[Picture]:
-    if picture is None:
-        return
-    title = f"{picture.title}, {level}" if level else picture.title
-    whole = picture.figure
-    upper, lower = whole.subfigs if whole.subfigs else (whole, None)
-    upper.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    text = footer(picture.groups)
-    look: dict[str, Any] = {"fontsize": 6, "color": GREY, "ha": "left"}
-    if lower is not None:
-        lower.text(0.01, 0.97, text, va="top", **look)
-    else:
-        whole.supxlabel(text, x=0.01, **look)
-    name = f"{picture.name}-{level.replace(' ', '-')}" if level else picture.name
-    yield Picture(name, title, f"{title}. {picture.alternative}", whole, picture.groups)
-
-
-def _new(height: float, rows: int = 1, columns: int = 1, **more: Any) -> tuple[Figure, list[Axes]]:
-    """A figure in two parts: the panels, which take a legend at their foot, and the footer of `_finish`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height + _FOOTER), dpi=160, layout="constrained")
-    figure.subfigures(2, 1, height_ratios=(height, _FOOTER))
-    return figure, list(figure.subfigs[0].subplots(rows, columns, squeeze=False, **more).flat)
-
-
-def _legend_below(figure: Figure, panel: Axes, columns: int = 3) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    if handles:
-        shown = [plots._clip(label, 44) for label in labels]
-        columns = max(1, min(columns, 100 // (8 + max(map(len, shown)))))
-        rows = -(-len(shown) // columns)
-        figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))  # the panels keep their height
-        figure.subfigs[0].legend(handles, shown, loc="outside lower left", ncols=columns, fontsize=8)
-
-
-def _spread_text(value: Spread, digits: int = 3) -> str:
-    return f"{value.mean:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
-
-
-# ---- accuracy against what it costs
-
-
-def accuracy_by_sparsity(groups: Sequence[Group], look: Look) -> Picture | None:
-    """Points with bars, a line a method; dense methods as level lines."""
-    if not any(group.prunes for group in groups):
-        return None
-    figure, (panel,) = _new(3.8)
-    for label, members in _by_label(groups):
-        spreads = [_accuracy(group) for group in members]
-        if members[0].prunes:
-            _points(panel, [group.sparsity for group in members], spreads, label, look)
-        else:
-            panel.axhspan(spreads[0].low, spreads[0].high, color=look.colour(label), alpha=0.12, linewidth=0)
-            panel.axhline(spreads[0].mean, label=f"{label} (dense)", **{**look.line(label), "linestyle": "--"})
-    levels = sorted({group.level for group in groups if group.prunes})
-    panel.set_xscale(
-        "function", functions=(lambda x: -np.log10(1.0001 - np.minimum(x, 1)), lambda y: 1.0001 - 10.0**-y)
-    )
-    panel.set_xticks(levels, [f"{level:.4g}" for level in levels])
-    if len(levels) == 1:
-        panel.set_xlim(levels[0] - 0.3 * (1 - levels[0]), levels[0] + 0.3 * (1 - levels[0]))
-    panel.minorticks_off()
-    panel.set(xlabel="share of zeros among the prunable weights (logarithmic in what is left)", ylabel="accuracy")
-    _legend_below(figure, panel)
-    return Picture("accuracy-by-sparsity", "Accuracy against sparsity", _told(groups, _accuracy), figure, tuple(groups))
-
-
-def accuracy_by_bytes(groups: Sequence[Group], look: Look) -> Picture | None:
-    """Points with bars: all uploads of the run on a logarithmic scale."""
-    from matplotlib.ticker import EngFormatter
-
-    figure, (panel,) = _new(3.8)
-    found = [_bytes(group).mean for group in groups]
-    if not all(found):
-        return None
-    _scatter(panel, groups, look, _bytes)
-    panel.set_xscale("log")
-    _few_log_ticks(panel, min(found), max(found))
-    panel.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    panel.set(xlabel="uploaded by all clients in all rounds", ylabel="accuracy")
-    _legend_below(figure, panel)
-    told = _told(groups, _accuracy, lambda group: f" for {terminal.size(_bytes(group).mean)}")
-    return Picture("accuracy-by-bytes", "Accuracy against bytes", told, figure, tuple(groups))
-
-
-def accuracy_by_seconds(groups: Sequence[Group], look: Look) -> Picture | None:
-    """Points with bars, on one kind of hardware: that of most groups."""
-    alike = _same_hardware(groups)
-    if not alike:
-        return None
-    figure, (panel,) = _new(3.8)
-    _scatter(panel, alike, look, _seconds)
-    panel.set(xlabel="seconds of all rounds", ylabel="accuracy")
-    panel.set_xlim(left=0)
-    _legend_below(figure, panel)
-    told = _told(alike, _accuracy, lambda group: f" in {_seconds(group).mean:.3g} s")
-    if len(alike) < len(groups):
-        told += (
-            f" Left out, because they ran on other hardware: {', '.join(g.title for g in groups if g not in alike)}."
-        )
-    return Picture("accuracy-by-seconds", "Accuracy against seconds", told, figure, tuple(alike))
-
-
-def _same_hardware(groups: Sequence[Group]) -> list[Group]:
-    """The groups on the kind of hardware that most of them ran on; seeds on unlike hardware count for none."""
-    whole = [group for group in groups if len(group.hardware) == 1]
-    kinds = [group.hardware for group in whole]
-    if not kinds:
-        return []
-    most = max(sorted(set(kinds)), key=kinds.count)
-    return [group for group in whole if group.hardware == most]
-
-
-def _accuracy(group: Group) -> Spread:
-    return Spread.of(run.summary["test_accuracy"] for run in group.runs)
-
-
-def _bytes(group: Group) -> Spread:
-    return Spread.of(run.summary["upload_bytes"] for run in group.runs)
-
-
-def _seconds(group: Group) -> Spread:
-    return Spread.of(run.summary["seconds"] for run in group.runs)
-
-
-def _by_label(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    labels = dict.fromkeys(group.label for group in groups)
-    return [(label, [group for group in groups if group.label == label]) for label in labels]
-
-
-def _points(panel: Axes, x: Sequence[float], spreads: Sequence[Spread], label: str, look: Look) -> None:
-    means = np.array([spread.mean for spread in spreads])
-    bars = np.array(
-        [[spread.mean - spread.low for spread in spreads], [spread.high - spread.mean for spread in spreads]]
-    )
-    panel.errorbar(
-        x, means, yerr=bars, label=label, capsize=3, marker=look.mark(label), elinewidth=1, **look.line(label)
-    )
-
-
-def _scatter(panel: Axes, groups: Sequence[Group], look: Look, cost: Callable[[Group], Spread]) -> None:
-    """Accuracy over cost, with both spreads; the groups of a method hang together, their sparsities stand beside them.
-
-    Of many methods only the ends are labelled.
-    """
-    crowded = len(_by_label(groups)) > _CROWDED
-    for label, members in _by_label(groups):
-        members = sorted(members, key=lambda group: group.sparsity)
-        x, y = [cost(group) for group in members], [_accuracy(group) for group in members]
-        bars = [np.array([[s.mean - s.low for s in part], [s.high - s.mean for s in part]]) for part in (x, y)]
-        panel.errorbar(
-            [s.mean for s in x], [s.mean for s in y], xerr=bars[0], yerr=bars[1], label=label, capsize=2, elinewidth=1,
-            marker=look.mark(label), linewidth=0.8, **look.line(label),
-        )  # fmt: skip
-        for group, cost_there, accuracy in zip(members, x, y, strict=True):
-            if crowded and group not in (members[0], members[-1]):
-                continue
-            panel.annotate(
-                f"{group.sparsity:.4g}" if group.prunes else "dense", (cost_there.mean, accuracy.mean), (5, 4),
-                textcoords="offset points", fontsize=7, color=look.colour(label),
-            )  # fmt: skip
-
-
-def _few_log_ticks(panel: Axes, low: float, high: float) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    panel.set_xlim(low / 1.6, high * 1.8)
-    panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 3.0)))
-    panel.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _told(
-    groups: Sequence[Group], value: Callable[[Group], Spread], more: Callable[[Group], str] = lambda _: ""
-) -> str:
-    return "; ".join(f"{group.title}: {_spread_text(value(group))}{more(group)}" for group in groups) + "."
+            picture = draw(members, look)
+            if picture is not None:
+                yield drawing.finish(picture, f"sparsity {level:.4g}" if levels else "", footer)
 
 
 # ---- over the rounds
 
 
 def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
-    """A line a method, with the band of its seeds."""
-    return _curves(
-        groups, look, "accuracy-by-round", "Accuracy by round", "accuracy",
-        lambda group: summaries.by_round(group, "test_accuracy"),
-    )  # fmt: skip
+    """A panel a method, with the band of its seeds; the yardstick is grey in all."""
+    dense = summaries.dense_of(groups)
+    shown = [group for group in groups if group is not dense] or list(groups)
+    curves = [(group, table) for group in shown if len(table := summaries.by_round(group, "test_accuracy"))]
+    if not curves:
+        return None
+    yardstick = summaries.by_round(dense, "test_accuracy") if dense is not None else np.zeros((0, 4))
+    figure, panels = drawing.small_panels(len(curves), 1.25)
+    # The first tenth of the rounds, in which everybody climbs, and methods that never do, do not set the scale.
+    settled = [table[table[:, 0] >= 0.1 * table[-1, 0], 1] for _, table in [*curves, (dense, yardstick)] if len(table)]
+    low, high = drawing.whole_scale(np.concatenate(settled))
+    for panel, (group, table) in zip(panels, curves, strict=True):
+        _named(panel, group)
+        if len(yardstick) and group is not dense:
+            panel.plot(yardstick[:, 0], yardstick[:, 1], color=DENSE_GREY, linewidth=0.9)
+        drawing.band(panel, table, look.colour(group.label), marker="")
+        ending = f"{accuracy(group).mean:.3f}"
+        if table[:, 1].max() < low:
+            ending += " ↓"  # the whole curve is below the scale
+        panel.text(
+            0.99, 0.09, ending, transform=panel.transAxes, ha="right", fontsize=8,
+            bbox={"color": "white", "alpha": 0.8, "pad": 1},
+        )  # fmt: skip
+        drawing.rounds_below(panel, groups, 5)
+    panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    figure.subfigs[0].supylabel("accuracy", fontsize=9)
+    grey = f" Grey: {dense.name}." if dense is not None and len(curves) > 1 else ""
+    drawing.say_below(figure, f"Numbers: mean of the last evaluations.{grey}")
+    ends = "; ".join(f"{group.title}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}" for group, table in curves)
+    of_whom = (*([dense] if dense is not None and dense not in shown else []), *(group for group, _ in curves))
+    return Picture("accuracy-by-round", "Accuracy by round", f"{ends}.{grey}", figure, of_whom)
+
+
+def _named(panel: Axes, group: Group) -> None:
+    """Its name over its panel, in two lines where it is long."""
+    text = "\n".join(textwrap.wrap(plots._clip(group.name, 42), 21))
+    panel.set_title(text, fontsize=8.5 if len(text) <= 18 else 7.5, pad=3)
 
 
 def penalty(groups: Sequence[Group], look: Look) -> Picture | None:
-    """Lines of those that have one."""
-    return _curves(
-        [group for group in groups if any(row["penalty"] for row in group.runs[0].records)], look, "penalty", "Penalty by round",
-        "penalty λ", lambda group: summaries.by_round(group, "penalty"), drawstyle="steps-post",
-    )  # fmt: skip
-
-
-def _curves(
-    groups: Sequence[Group],
-    look: Look,
-    name: str,
-    title: str,
-    what: str,
-    curve: Callable[[Group], np.ndarray],
-    **more: Any,
-) -> Picture | None:
-    curves = [(group, table) for group in groups if len(table := curve(group))]
-    if not curves:
+    """Lines of those that have one; equal lines are one."""
+    together: dict[bytes, list[Group]] = {}
+    for group in groups:
+        if any(row["penalty"] for row in group.runs[0].records):
+            together.setdefault(summaries.by_round(group, "penalty").tobytes(), []).append(group)
+    if not together:
         return None
-    figure, (panel,) = _new(3.5)
-    for group, table in curves:
-        _band(panel, table, group.label, look, **more)
-    _rounds_below(panel, groups)
-    panel.set_ylabel(what)
-    _legend_below(figure, panel)
-    ends = "; ".join(f"{group.title}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}" for group, table in curves)
-    return Picture(name, title, f"{ends}.", figure, tuple(group for group, _ in curves))
-
-
-def _band(panel: Axes, table: np.ndarray, label: str, look: Look, **more: Any) -> None:
-    rounds, mean, low, high = table.T
-    panel.plot(rounds, mean, label=label, marker=plots._marker(len(rounds)), markersize=3, **(look.line(label) | more))
-    step: Literal["post"] | None = "post" if more.get("drawstyle") == "steps-post" else None
-    panel.fill_between(rounds, low, high, step=step, color=look.colour(label), alpha=0.18, linewidth=0)
-
-
-def _rounds_below(panel: Axes, groups: Sequence[Group]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    panel.set_xlabel("round")
-    last = max(int(group.runs[0].records[-1]["round"]) for group in groups)
-    panel.set_xlim(0, last + max(1, 0.02 * last))
-    panel.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
+    figure, (panel,) = drawing.new(3.5)
+    told = []
+    for members in together.values():
+        table = summaries.by_round(members[0], "penalty")
+        name = ", ".join(group.name for group in members)
+        drawing.band(panel, table, look.colour(members[0].label), name, drawstyle="steps-post")
+        told.append(f"{', '.join(g.title for g in members)}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
+    drawing.rounds_below(panel, groups)
+    panel.set(xlabel="round", ylabel="penalty λ")
+    drawing.legend_below(figure, panel)
+    shown = tuple(group for members in together.values() for group in members)
+    return Picture("penalty", "Penalty by round", f"{'; '.join(told)}.", figure, shown)
 
 
 def sparsity_by_layer(groups: Sequence[Group], look: Look) -> Picture | None:
@@ -339,23 +137,18 @@ def sparsity_by_layer(groups: Sequence[Group], look: Look) -> Picture | None:
         return None
     from matplotlib import colormaps
 
-    columns = 1 if len(pruning) == 1 else 2 if len(pruning) <= 4 else 3
-    rows = -(-len(pruning) // columns)
-    figure, panels = _new(0.9 + 2.3 * rows, rows, columns, sharey=True)
-    for panel in panels[len(pruning) :]:
-        panel.set_axis_off()
+    figure, panels = drawing.small_panels(len(pruning), 1.4)
     names = list(summaries.layers(pruning[0]))
-    for group, panel in zip(pruning, panels, strict=False):
-        panel.set_title(plots._clip(group.label, 34), fontsize=9)
+    for group, panel in zip(pruning, panels, strict=True):
+        _named(panel, group)
         found = summaries.layers(group)
         for number, (name, table) in enumerate(found.items()):
             shade = colormaps["viridis"](0.92 * number / max(1, len(found) - 1))
             panel.plot(table[:, 0], table[:, 1], color=shade, linewidth=1.3, label=name, drawstyle="steps-post")
-        _rounds_below(panel, [group])
-    for panel in panels[::columns]:
-        panel.set_ylabel("share of zeros")
+        drawing.rounds_below(panel, [group], 5)
+    figure.subfigs[0].supylabel("share of zeros", fontsize=9)
     if len(names) <= _LEGEND_LAYERS:
-        _legend_below(figure, panels[0], 4)
+        drawing.legend_below(figure, panels[0], 4)
     ends = "; ".join(
         f"{group.label}: " + ", ".join(f"{name} {table[-1, 1]:.3f}" for name, table in summaries.layers(group).items())
         for group in pruning
@@ -367,46 +160,60 @@ def sparsity_by_layer(groups: Sequence[Group], look: Look) -> Picture | None:
 
 
 def mask_churn(groups: Sequence[Group], look: Look) -> Picture | None:
-    """Weights that entered and left the mask at each of its updates."""
+    """Weights that entered and left the mask at each of its updates; a panel a method, the scale logarithmic above 10."""
     renewed = [group for group in groups if any(row.get("mask_updated") for row in group.runs[0].records)]
     if not renewed:
         return None
-    figure, panels = _new(4.6, 2, 1, sharex=True)
+    figure, panels = drawing.small_panels(len(renewed), 1.3)
     told = []
-    for panel, name, what in ((panels[0], "mask_grown", "grown"), (panels[1], "mask_pruned", "pruned")):
-        for group in renewed:
+    for panel, group in zip(panels, renewed, strict=True):
+        _named(panel, group)
+        for name, what, colour in (("mask_pruned", "pruned", VERMILION), ("mask_grown", "grown", GREEN)):
             table = summaries.by_round(group, lambda row, name=name: row.get(name) if row.get("mask_updated") else None)  # type: ignore[misc]
             if len(table):
-                _band(panel, table, group.label, look)
+                drawing.band(panel, table, colour, what)
                 told.append(f"{group.title}: {table[:, 1].sum():,.0f} {what}")
-        panel.set_ylabel(f"weights {what}")
-        panel.set_ylim(bottom=0)
-    _rounds_below(panels[1], renewed)
-    panels[0].set_xlabel("")
-    _legend_below(figure, panels[0])
+        drawing.rounds_below(panel, renewed, 5)
+    _symmetric_log(panels[0], 10)
+    figure.subfigs[0].supylabel("weights (linear up to 10)", fontsize=9)
+    drawing.legend_below(figure, panels[0])
     return Picture("mask-churn", "Mask churn at each update", f"In all {'; '.join(told)}.", figure, tuple(renewed))
 
 
 def pruning_error(groups: Sequence[Group], look: Look) -> Picture | None:
-    """The two quantities of the convergence analysis: pruning error of the pruning methods, update norm of all."""
-    figure, panels = _new(4.8, 2, 1, sharex=True)
-    drawn = []
-    for panel, name, what in (
-        (panels[0], "pruning_error", "pruning error"),
-        (panels[1], "update_norm", "norm of the mean update"),
-    ):
-        for group in groups:
-            table = summaries.by_round(group, name)
-            if len(table) and table[:, 1].any():
-                _band(panel, table, group.label, look)
-                drawn.append(f"{group.title}: {what} from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
-        panel.set_ylabel(what, fontsize=9)
-        panel.set_ylim(bottom=0)
-    if not drawn:
+    """The two quantities of the convergence analysis, a panel a method: the scale is logarithmic above 0.01."""
+    names = (("update_norm", "norm of the mean update", BLUE), ("pruning_error", "pruning error", VERMILION))
+    tables = {(group, name): summaries.by_round(group, name) for group in groups for name, _, _ in names}
+    if not any(len(table) and table[:, 1].any() for table in tables.values()):
         return None
-    _rounds_below(panels[1], groups)
-    _legend_below(figure, panels[1])
-    return Picture("pruning-error", "Pruning error and update norm", f"{'; '.join(drawn)}.", figure, tuple(groups))
+    figure, panels = drawing.small_panels(len(groups), 1.3)
+    told = []
+    for panel, group in zip(panels, groups, strict=True):
+        _named(panel, group)
+        for name, what, colour in names:
+            table = tables[group, name]
+            if len(table) and (table[:, 1].any() or group.prunes):
+                drawing.band(panel, table, colour, what, marker="", linewidth=1.1)
+                told.append(f"{group.title}: {what} from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
+        drawing.rounds_below(panel, groups, 5)
+    _symmetric_log(panels[0], 0.01)
+    figure.subfigs[0].supylabel("linear up to 0.01", fontsize=9)
+    keys = {label: key for panel in panels for key, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    drawing.keys_below(figure, [(key, label) for label, key in keys.items()])
+    return Picture("pruning-error", "Pruning error and update norm", f"{'; '.join(told)}.", figure, tuple(groups))
+
+
+def _symmetric_log(panel: Axes, linear: float) -> None:
+    """From 0 up: linear to `linear`, then logarithmic."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    panel.set_yscale("symlog", linthresh=linear, linscale=0.5)
+    panel.set_ylim(bottom=0)
+    top = max(10 * linear, panel.get_ylim()[1])
+    powers = [linear * 10**n for n in range(12) if linear * 10**n <= top]
+    panel.yaxis.set_major_locator(FixedLocator([0, *powers[:: 1 + len(powers) // 5]]))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 # ---- a bar a group
@@ -420,11 +227,11 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     sums = np.array([sum(kinds.values()) for kinds in found])
     if not sums.all():
         return None
-    figure, (left, right) = _new(_bar_height(groups), 1, 2, sharey=True)
-    places = _bar_names(left, groups)
+    figure, (left, right) = drawing.new(drawing.bar_height(groups), 1, 2, sharey=True)
+    places = drawing.bar_names(left, groups)
     left.plot(sums, places, linestyle="none", marker="o", color=BLUE)
     left.set_xscale("log")
-    _few_log_ticks(left, sums.min(), sums.max())
+    drawing.few_log_ticks(left, sums.min(), sums.max())
     left.xaxis.set_major_formatter(EngFormatter(unit="B", sep=""))
     left.set_xlabel("all bytes of the run", fontsize=9)
     names = [name for name in summaries.BYTE_KINDS if any(kinds[name] for kinds in found)]
@@ -436,7 +243,7 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
         labels,
     )
     right.set_xlabel("of these, %", fontsize=9)
-    _legend_below(figure, right, 4)
+    drawing.legend_below(figure, right, 4)
     told = "; ".join(
         f"{group.title}: "
         + ", ".join(f"{label} {terminal.size(kinds[n])}" for n, label in zip(names, labels, strict=True))
@@ -453,16 +260,16 @@ def _besides(group: Group) -> str:
 
 def time_by_phase(groups: Sequence[Group], look: Look) -> Picture | None:
     """Seconds of a round, stacked; on one kind of hardware."""
-    alike = _same_hardware(groups)
+    alike = same_hardware(groups)
     if not alike:
         return None
     found = [summaries.phase_seconds(group) for group in alike]
-    figure, (panel,) = _new(_bar_height(alike))
-    places = _bar_names(panel, alike)
+    figure, (panel,) = drawing.new(drawing.bar_height(alike))
+    places = drawing.bar_names(panel, alike)
     phases = [phase for phase in found[0] if any(seconds[phase] >= 5e-4 for seconds in found)]
     _stack(panel, places, [[seconds[phase] for seconds in found] for phase in phases], phases)
     panel.set_xlabel("seconds a round, slowest rank of each phase", fontsize=9)
-    _legend_below(figure, panel, 5)
+    drawing.legend_below(figure, panel, 5)
     told = "; ".join(
         f"{group.title}: " + ", ".join(f"{phase} {seconds[phase]:.3f} s" for phase in phases)
         for group, seconds in zip(alike, found, strict=True)
@@ -477,8 +284,8 @@ def memory(groups: Sequence[Group], look: Look) -> Picture | None:
     names = [n for n in ("host_memory_bytes", "device_memory_bytes") if any(summaries.peak(g, n).mean for g in groups)]
     if not names:
         return None
-    figure, (panel,) = _new(_bar_height(groups))
-    places = _bar_names(panel, groups)
+    figure, (panel,) = drawing.new(drawing.bar_height(groups))
+    places = drawing.bar_names(panel, groups)
     height = 0.7 / len(names)
     for number, (name, colour) in enumerate(zip(names, (BLUE, VERMILION), strict=False)):
         peaks = [summaries.peak(group, name) for group in groups]
@@ -491,7 +298,7 @@ def memory(groups: Sequence[Group], look: Look) -> Picture | None:
     panel.xaxis.set_major_formatter(EngFormatter(unit="B"))
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("peak memory, all ranks together", fontsize=9)
-    _legend_below(figure, panel)
+    drawing.legend_below(figure, panel)
     told = "; ".join(f"{g.title}: {', '.join(terminal.size(summaries.peak(g, n).mean) for n in names)}" for g in groups)
     return Picture("memory", "Peak memory", f"{told}.", figure, tuple(groups))
 
@@ -502,14 +309,21 @@ def client_accuracy(groups: Sequence[Group], look: Look) -> Picture | None:
     if not found:
         return None
     members = [group for group, _ in found]
-    figure, (panel,) = _new(_bar_height(members))
-    places = _bar_names(panel, members)
+    figure, (panel,) = drawing.new(drawing.bar_height(members))
+    places = drawing.bar_names(panel, members)
     boxes = panel.boxplot(
         [values for _, values in found], positions=places, orientation="horizontal", whis=(0, 100), widths=0.55,
         patch_artist=True, manage_ticks=False, medianprops={"color": "black"},
     )  # fmt: skip
     for box, group in zip(boxes["boxes"], members, strict=True):
         box.set(facecolor=look.colour(group.label), alpha=0.55)
+    low, high = drawing.whole_scale(np.median(values) for _, values in found)
+    low = min(values[0] for _, values in found if np.median(values) >= low)
+    high = max(values[-1] for _, values in found)
+    panel.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    for place, (_, values) in zip(places, found, strict=True):
+        if np.median(values) < low:
+            panel.text(low, place, f"◂ median {np.median(values):.3f}", fontsize=7, va="center")
     panel.set_xlabel("accuracy on each client's own test images", fontsize=9)
     told = "; ".join(
         f"{group.title}: lowest {values[0]:.3f}, median {np.median(values):.3f}, highest {values[-1]:.3f}"
@@ -525,7 +339,7 @@ def partition(groups: Sequence[Group], look: Look) -> Picture | None:
         for run in group.runs:
             if run.histogram is not None:
                 figure = plots.draw_partition(run.histogram, run.class_names)
-                figure.set_size_inches(_WIDTH, 4.6)
+                figure.set_size_inches(drawing.WIDTH, 4.6)
                 sizes, held = run.histogram.sum(axis=1), (run.histogram > 0).sum(axis=1)
                 told = (
                     f"{len(sizes)} clients with {sizes.min():,} to {sizes.max():,} images of {held.min()} to {held.max()} "
@@ -536,50 +350,8 @@ def partition(groups: Sequence[Group], look: Look) -> Picture | None:
     return None
 
 
-def _bar_height(groups: Sequence[Group]) -> float:
-    return 1.6 + 0.28 * len(groups)
-
-
-def _bar_names(panel: Axes, groups: Sequence[Group]) -> np.ndarray:
-    """Put the groups' names on the left, the first on top; returns the bars' places."""
-    places = np.arange(len(groups), dtype=float)
-    panel.set_yticks(places, [plots._clip(group.title, 30) for group in groups], fontsize=8)
-    panel.set_ylim(len(groups) - 0.4, -0.6)
-    panel.grid(visible=False, axis="y")
-    return places
-
-
 def _stack(panel: Axes, places: np.ndarray, rows: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
     left = np.zeros(len(places))
     for row, label, colour in zip(rows, labels, _KIND_COLOURS, strict=False):
         panel.barh(places, row, left=left, height=0.7, color=colour, label=label)
         left = left + np.array(row)
-
-
-def footer_of(letters: Mapping[Any, str]) -> Callable[[Sequence[Group]], str]:
-    """What stands in every figure: seeds, runs, versions, hardware."""
-
-    def footer(groups: Sequence[Group]) -> str:
-        runs = [run for group in groups for run in group.runs]
-        seeds = sorted({run.config.seed for run in runs})
-        versions = sorted({run.versions for run in runs})
-        kinds = sorted({run.hardware for run in runs})
-        named = "; ".join(f"{letters[kind]}: {kind}" for kind in kinds)
-        places = sorted({run.path.parent.name for run in runs})
-        lines = [
-            f"{len(runs)} runs in {', '.join(places)}; seeds {', '.join(map(str, seeds))}; {SPREAD}",
-            " | ".join(versions),
-            f"hardware {named}",
-        ]
-        pieces = [piece for line in lines for piece in _wrapped(line)]
-        if len(pieces) > _FOOTER_LINES:  # the page's caption has all of it
-            pieces = [*pieces[: _FOOTER_LINES - 1], f"{pieces[_FOOTER_LINES - 1][:110]} …"]
-        return "\n".join(pieces)
-
-    return footer
-
-
-def _wrapped(line: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(line, 125) or [""]

@@ -12,8 +12,8 @@ from typing import Any
 
 from feddip_mpi import __version__, hdf5
 from feddip_mpi.errors import InputError
-from feddip_mpi.report import figures, plots, runs, summaries, tables, terminal
-from feddip_mpi.report.figures import Picture
+from feddip_mpi.report import drawing, figures, plots, runs, summaries, tables, terminal
+from feddip_mpi.report.drawing import Picture
 from feddip_mpi.report.runs import Found, Hardware
 from feddip_mpi.report.summaries import Group
 
@@ -48,12 +48,13 @@ def report(paths: Sequence[str], out: str) -> None:
     letters = summaries.hardware_letters(found.runs)
     try:
         _clear(folder)
+        overviews = _overviews(made, letters, folder)
         sections = [
             _section(number, setting, members, made, letters, folder)
             for number, (setting, members) in enumerate(summaries.settings(made).items(), 1)
         ]
         _write_tables(made, found, letters, folder)
-        text = environment.get_template("page.html.j2").render(_values(found, made, letters, sections))
+        text = environment.get_template("page.html.j2").render(_values(found, made, letters, overviews, sections))
         hdf5.write_text(folder / PAGE, text)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error}); name a folder you may write to") from None
@@ -65,7 +66,7 @@ def _templates() -> Any:
         import jinja2
     except ImportError as error:
         raise InputError(f'a report needs jinja2 ({error}): pip install "feddip-mpi[report]"') from None
-    with figures.style():  # matplotlib, too, is asked for before anything is read
+    with drawing.style():  # matplotlib, too, is asked for before anything is read
         pass
     return jinja2.Environment(
         loader=jinja2.PackageLoader("feddip_mpi.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -96,6 +97,21 @@ def _clear(folder: Path) -> None:
                 old.unlink()
 
 
+def _overviews(made: Sequence[Group], letters: Mapping[Hardware, str], folder: Path) -> list[dict[str, Any]]:
+    """What shows the partitions of a task side by side; drawn and saved here."""
+    look, footer = drawing.Look(made), drawing.footer_of(letters)
+    found = []
+    for number, (family, settings) in enumerate(summaries.families(made).items(), 1):
+        with drawing.style():
+            drawn = [
+                _save(picture, f"00-{number}-{picture.name}", letters, folder)
+                for picture in figures.of_settings(settings, look, footer)
+            ]
+        if drawn:
+            found.append({"id": f"overview-{number}", "title": family, "figures": drawn})
+    return found
+
+
 def _section(
     number: int,
     setting: str,
@@ -105,10 +121,10 @@ def _section(
     folder: Path,
 ) -> dict[str, Any]:
     """One setting: its table and its figures, which are drawn and saved here."""
-    look, footer = figures.Look(made), figures.footer_of(letters)
+    look, footer = drawing.Look(made), drawing.footer_of(letters)
     stem = f"{number:02d}-{slug(summaries.partition_of(members[0].config))}"
     drawn = []
-    with figures.style():
+    with drawing.style():
         for picture in figures.of_setting(members, look, footer):
             drawn.append(_save(picture, f"{stem}-{picture.name}", letters, folder))
     lines = summaries.lines(members)
@@ -116,6 +132,7 @@ def _section(
         "id": f"setting-{number}",
         "title": setting,
         "rows": [tables.display_cells(line, letters) for line in lines],
+        "last": summaries.last_evaluations(members),
         "against": lines[0].against.title if lines[0].against else None,
         "mixed": len({kind for group in members for kind in group.hardware}) > 1,
         "figures": drawn,
@@ -152,6 +169,8 @@ def _write_tables(made: Sequence[Group], found: Found, letters: Mapping[Hardware
     flat = [line for part in lines.values() for line in part]
     hdf5.write_text(place / "summary.csv", tables.to_csv(tables.summary_rows(flat, letters)))
     hdf5.write_text(place / "summary.tex", "\n".join(tables.to_latex(part, letters) for part in lines.values()))
+    families = summaries.families(made).items()
+    hdf5.write_text(place / "summary.md", "\n".join(tables.to_markdown(name, family) for name, family in families))
     hdf5.write_text(place / "runs.csv", tables.to_csv(tables.run_rows(found.runs, letters)))
     hdf5.write_text(place / "rounds.csv", tables.to_csv(tables.round_rows(made)))
     if found.left_out:
@@ -160,14 +179,19 @@ def _write_tables(made: Sequence[Group], found: Found, letters: Mapping[Hardware
 
 
 def _values(
-    found: Found, made: Sequence[Group], letters: Mapping[Hardware, str], sections: Sequence[Mapping[str, Any]]
+    found: Found,
+    made: Sequence[Group],
+    letters: Mapping[Hardware, str],
+    overviews: Sequence[Mapping[str, Any]],
+    sections: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     return {
         "mark": _MARK,
         "version": __version__,
         "written": time.strftime("%Y-%m-%d %H:%M %z"),
-        "spread_text": figures.SPREAD,
+        "spread_text": drawing.SPREAD,
         "warnings": summaries.warnings(made, letters),
+        "overviews": overviews,
         "sections": sections,
         "hardware": [(letter, kind) for kind, letter in letters.items()],
         "versions": sorted({run.versions for run in found.runs}),

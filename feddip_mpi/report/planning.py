@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -93,7 +94,7 @@ def show(config: Config, layout: Layout, plan: Sequence[Row], every: int | None 
     shown = select(plan, every)
     title = (
         f"{config.method}: {config.model.name} on {config.data.name}, {layout.prunable:,} of {layout.size:,} values "
-        f"prunable;\n{len(shown)} of {len(plan)} rounds, * renews the mask"
+        f"prunable;\n{len(shown)} of {len(plan)} rounds{', * renews the mask' if any(r['mask_update'] for r in plan) else ''}"
     )
     table = terminal.table(*numbers, right=numbers)
     for row in shown:
@@ -118,14 +119,38 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
     known = methods.named(config.method).counts_are_known(config)
     lines = [
         *textwrap.wrap(f"{config.method}: {methods.named(config.method).summary}", 78),
-        f"{len(updates)} mask update{'s' * (len(updates) != 1)}" + (f", the last in round {updates[-1]}" if updates else "")
-        + f"; final sparsity {plan[-1]['sparsity']:.6f}",
+        _mask_text(config, updates, plan[-1]["sparsity"]),
+        *_regrow_text(config, plan),
         *([] if known else ["how many weights are kept on the way depends on them: planned is what sparsity.* asks for"]),
         f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "
         f"{size(total / len(plan) / config.participants)} each on average",
         f"dense float32 would take {size(dense)}: {dense / max(1, total):.1f} times as much",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _mask_text(config: Config, updates: Sequence[int], sparsity: float) -> str:
+    """When masks are made, and the share of zeros that they come to."""
+    masking = methods.named(config.method).masking
+    if masking == "none":
+        return "no mask: every weight is kept and travels"
+    if masking == "fixed" and not updates:
+        return f"one mask, made before the first round, stays: sparsity {sparsity:.6f} in every round"
+    last = f", the last in round {updates[-1]}" if updates else ""
+    return f"{len(updates)} mask update{'s' * (len(updates) != 1)}{last}; final sparsity {sparsity:.6f}"
+
+
+def _regrow_text(config: Config, plan: Sequence[Row]) -> list[str]:
+    """Said where clients were to send coordinates from outside the mask, and so few weights are kept that it comes to none."""
+    pruned_before = itertools.pairwise(plan)
+    rows = [row for before, row in pruned_before if before["sparsity"] > 0]
+    asked = [row for row in rows if (p := plan_round(config, row["round"] - 1)).regrow > 0 and not p.dense_upload]
+    if not asked or any(row["regrow"] for row in asked):
+        return []
+    return [
+        f"upload.regrow={config.upload.regrow:g} of so few kept weights rounds to 0 in all {len(asked)} rounds that ask for it: "
+        "nothing outside the mask is sent (a larger upload.regrow sends some)"
+    ]
 
 
 def select(plan: Sequence[Row], every: int | None = None, most: int = _SCREEN_ROWS) -> list[Row]:

@@ -40,6 +40,13 @@ PHASES = (
 )  # transfer runs beside them
 
 
+# As papers write them; see `name_of`.
+_NAMES = {
+    "fedavg": "FedAvg", "fedprox": "FedProx", "feddip": "FedDIP", "erk": "ERK", "gradual": "Gradual", "snip": "SNIP",
+    "ssfl": "SSFL", "feddst": "FedDST", "prunefl": "PruneFL", "prunetrain": "PruneTrain", "sparsyfed": "SparsyFed",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean, lowest and highest of so many seeds."""
@@ -86,6 +93,16 @@ class Group:
     def title(self) -> str:
         """Label and sparsity."""
         return f"{self.label} {self.sparsity:.4g}" if self.prunes else f"{self.label} dense"
+
+    @property
+    def name(self) -> str:
+        """The label as papers write it."""
+        return name_of(self.method) + (f" ({self.variant})" if self.variant else "")
+
+    @property
+    def shown(self) -> str:
+        """Name and sparsity."""
+        return f"{self.name} {self.sparsity:.4g}" if self.prunes else f"{self.name} dense"
 
     @property
     def prunes(self) -> bool:
@@ -151,6 +168,12 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     return sorted(made, key=lambda group: (group.setting, group.level, group.label))
 
 
+def name_of(label: str) -> str:
+    """A method's label as papers write it: FedDIP int4 for `feddip-int4`; labels of other words stay as they are."""
+    head, _, tail = label.partition("-")
+    return f"{_NAMES[head]} {tail}".rstrip() if head in _NAMES else label
+
+
 def setting_of(settings: Config) -> str:
     """The task in one line: data, model, partition, rounds, clients."""
     return (
@@ -167,6 +190,11 @@ def partition_of(settings: Config) -> str:
     if data.partition == "pathological":
         return f"{data.classes_per_client} classes a client"
     return data.partition
+
+
+def capital(partition: str) -> str:
+    """A partition's name as a heading: IID, Dirichlet(0.5)."""
+    return "IID" if partition == "iid" else partition[:1].upper() + partition[1:]
 
 
 def _sparsity(run: Run) -> float:
@@ -189,6 +217,16 @@ def _plain(value: Any) -> str:
     return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
+def families(made: Sequence[Group]) -> dict[str, dict[str, list[Group]]]:
+    """Groups by their setting without its partition, then by the partition; IID first."""
+    found: dict[str, dict[str, list[Group]]] = {}
+    for group in sorted(made, key=lambda group: group.config.data.partition != "iid"):
+        partition = partition_of(group.config)
+        family = group.setting.replace(f", {partition}, ", ", ", 1)
+        found.setdefault(family, {}).setdefault(partition, []).append(group)
+    return found
+
+
 def settings(made: Sequence[Group]) -> dict[str, list[Group]]:
     """Groups by their setting."""
     found: dict[str, list[Group]] = {}
@@ -202,6 +240,18 @@ def dense_of(made: Sequence[Group]) -> Group | None:
     plain = [group for group in made if group.config.method == "fedavg"]
     exact = [group for group in plain if group.config.upload.values == "fp32"] or plain
     return exact[0] if len(exact) == 1 else None
+
+
+def last_evaluations(made: Sequence[Group]) -> str:
+    """Of which evaluations `Line.last5` is the mean, in words: five, or fewer where a run had no more."""
+    counts = {sum(row.get("test_accuracy") is not None for row in run.records) for group in made for run in group.runs}
+    if min(counts) >= 5:
+        return "last 5 evaluations"
+    return (
+        f"last {counts.pop()} evaluations"
+        if len(counts) == 1
+        else "last 5 evaluations, or of all where a run had fewer"
+    )
 
 
 def lines(made: Sequence[Group]) -> list[Line]:

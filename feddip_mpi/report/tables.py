@@ -1,4 +1,4 @@
-"""The tables of a report, as CSV and LaTeX text. Pure."""
+"""The tables of a report, as CSV, LaTeX and Markdown text. Pure."""
 
 from __future__ import annotations
 
@@ -135,6 +135,64 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
+    """A task as a table for documents: a row a method, a column for each partition and sparsity.
+
+    A cell has the mean of the last five evaluations, the bytes uploaded, and how many times fewer those are than what the dense
+    yardstick of its partition uploaded.
+
+    Args:
+        family: the groups of settings that differ in the partition alone, by the partition's name.
+    """
+    every = [group for groups in family.values() for group in groups]
+    levels = sorted({group.level for group in every if group.prunes}) or [0.0]
+    columns = [(partition, level) for partition in family for level in levels]
+    columns = [(p, s) for p, s in columns if any(group.level == s or s == 0 for group in family[p])]
+    of_most = max({group.seeds for group in every}, key=[group.seeds for group in every].count)
+    rows = {group.label: group for group in sorted(every, key=_rank)}  # in the order in which a label comes first
+    lines = [
+        f"{name}. Accuracy of the pruned model on the test images, mean of the "
+        f"{summaries.last_evaluations(every)}: {_over(of_most)}; uploads of all clients in all "
+        "rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
+        "| method | " + " | ".join(f"{summaries.capital(partition)}, {level:.4g}" for partition, level in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]  # fmt: skip
+    for label, first in rows.items():
+        cells = [_markdown_cell(label, family[partition], level, of_most) for partition, level in columns]
+        lines.append(f"| {first.name}{'' if first.prunes else ' (dense)'} | " + " | ".join(cells) + " |")
+    beside = sorted({f"{g.name} {g.sparsity:.4g}" for g in every if g.prunes and abs(g.sparsity - g.level) > 1e-4})
+    lines += ["", f"Ended beside the sparsity asked for: {', '.join(beside)}."] if beside else []
+    return "\n".join(lines) + "\n"
+
+
+def _rank(group: Group) -> tuple[bool, float, float]:
+    """Dense methods first, then the mildest sparsity, there the best accuracy."""
+    return (
+        group.prunes,
+        group.level,
+        -sum(run.summary["test_accuracy_mean_of_last_5"] for run in group.runs) / len(group.runs),
+    )
+
+
+def _markdown_cell(label: str, groups: Sequence[Group], level: float, of_most: Sequence[int]) -> str:
+    """Of a method at a sparsity; dense ones are the same at each."""
+    found = [line for line in summaries.lines(groups) if line.group.label == label]
+    found = [line for line in found if not line.group.prunes or line.group.level == level]
+    if len(found) != 1:
+        return "-"
+    (line,) = found
+    fewer = "" if line.times_fewer_bytes is None or line.against is line.group else f", {line.times_fewer_bytes:.3g} x"
+    seeds = line.group.seeds
+    other = "" if seeds == of_most else f" (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
+    return f"{spread_text(line.last5, 4)}{other}<br>{line.upload_bytes.mean / 1e6:.1f} MB{fewer}"
+
+
+def _over(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"mean of the seeds {', '.join(map(str, seeds))} (lowest to highest)"
+
+
 def _latex_cells(line: Line, letters: Mapping[Hardware, str]) -> list[str]:
     cells = display_cells(line, letters)
     return [
@@ -149,7 +207,7 @@ def display_cells(line: Line, letters: Mapping[Hardware, str]) -> dict[str, str]
 
     group, seconds, itself = line.group, line.seconds, line.against is line.group
     return {
-        "method": group.label,
+        "method": group.name,
         "sparsity": f"{group.sparsity:.4g}" if group.prunes else "dense",
         "seeds": ", ".join(map(str, group.seeds)),
         "accuracy": spread_text(line.accuracy, 4),

@@ -232,6 +232,21 @@ def _smaller(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [("channels removed", f"{summary['channels_removed']}: {left}")]
 
 
+def _mean_of_last(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of as many evaluations as there were, up to five; a single one is the accuracy itself."""
+    count = summary["evaluations_in_mean"]
+    numbers = f"{summary['test_accuracy_mean_of_last_5']:.4f} ({summary['test_accuracy_spread_of_last_5']:.4f})"
+    return [(f"  mean (spread) of the last {count} evaluations", numbers)] if count > 1 else []
+
+
+def _remembered(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the server remembers weights that the pruned model lacks (`server_memory: on`)."""
+    if not summary["server_remembers"]:
+        return []
+    name = "  with the pruned weights that the server remembers put back, as they are"
+    return [(name, f"{summary['dense_memory_accuracy']:.4f}")]
+
+
 def _besides(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What the method sends besides updates, which is part of the bytes above."""
     extra = summary.get("upload_extra_bytes", 0)
@@ -242,10 +257,8 @@ def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tupl
     ratio = summary["dense_bytes"] / max(1, summary["upload_bytes"])
     return [
         ("accuracy of the pruned model", f"{summary['test_accuracy']:.4f}"),
-        ("  mean (spread) of the last 5 evaluations",
-         f"{summary['test_accuracy_mean_of_last_5']:.4f} ({summary['test_accuracy_spread_of_last_5']:.4f})"),
-        ("  with the pruned weights that the server remembers put back, as they are",
-         f"{summary['dense_memory_accuracy']:.4f}"),
+        *_mean_of_last(summary),
+        *_remembered(summary),
         ("sparsity of the prunable weights", f"{summary['sparsity']:.4f}"),
         *_smaller(summary),
         ("bytes uploaded", f"{size(summary['upload_bytes'])}, {ratio:.1f} times fewer than dense float32 "

@@ -178,6 +178,25 @@ def test_a_run_that_was_never_saved_begins_again(config: Path, tmp_path: Path) -
     assert "it was never saved: it begins again" in (run / "run.log").read_text()
 
 
+def test_a_stop_while_clients_open_the_run(config: Path, tmp_path: Path) -> None:
+    """All clients measure saliencies before the first round of SSFL; a signal there ends the run between two of them."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    changes = {"model__name": "small_models:fragile", "method": "ssfl", "rounds": 2}
+    slow = {"FEDDIP_TEST_SLEEP": "0.8"}  # eight clients of four batches on two ranks: 13 s, a client 3 s
+    with launch.Job([*launch.FEDDIP, *runs.train(config, run, **changes)], 2, extra=slow) as job:
+        job.wait_until(lambda: (run / "run.log").exists() and "start: ssfl" in (run / "run.log").read_text())
+        time.sleep(0.5)
+        sent = time.monotonic()
+        job.send(signal.SIGUSR1)
+        ended = job.wait(60).expect(75)
+        took = time.monotonic() - sent
+    assert f"stopped by a signal before round 1; `feddip-mpi resume {run}` goes on" in ended.text
+    assert took < 9 and list((run / "checkpoints").iterdir()) == [] and runs.lines(run) == []
+    launch.run([*launch.FEDDIP, "resume", str(run)]).expect(0)
+    launch.run([*launch.FEDDIP, *runs.train(config, whole, **changes)]).expect(0)
+    runs.assert_equal(whole, run)
+
+
 def test_a_second_job_in_a_run_folder_is_refused(never_stopped: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(never_stopped, run)

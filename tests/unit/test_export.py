@@ -188,6 +188,8 @@ def test_nothing_is_overwritten_unless_asked(lenet: Loaded, tmp_path: Path) -> N
     [
         ("model.bin", None, "--format"),
         ("model.pt", "onnx", "unknown"),
+        ("model.sparse.pt", None, r"end it in \.sparse\.safetensors"),
+        ("model.small.pth", None, r"end it in \.small\.safetensors"),
         ("missing/model.pt", None, "there is no folder"),
         (".", "torch", "is a folder"),
     ],

@@ -605,6 +605,25 @@ def test_prunetrain_counts_the_smaller_network() -> None:
     assert not terminal._smaller({})
 
 
+@pytest.mark.parametrize(
+    ("count", "remembers", "expected"),
+    [
+        (5, True, ["mean (spread) of the last 5", "server remembers"]),
+        (3, False, ["of the last 3 evaluations"]),
+        (1, False, []),
+    ],
+)
+def test_the_summary_says_only_what_there_was(count: int, remembers: bool, expected: list[str]) -> None:
+    summary = {
+        "evaluations_in_mean": count, "server_remembers": remembers, "test_accuracy_mean_of_last_5": 0.5,
+        "test_accuracy_spread_of_last_5": 0.25, "dense_memory_accuracy": 0.75,
+    }  # fmt: skip
+    rows = [*terminal._mean_of_last(summary), *terminal._remembered(summary)]
+    assert len(rows) == len(expected) and all(part in name for part, (name, _) in zip(expected, rows, strict=True)), (
+        rows
+    )
+
+
 def test_prunetrain_refuses_networks_that_are_no_chain() -> None:
     skips = (
         "conv1.weight goes into layer1.0.conv1.weight, layer1.1.conv1.weight, .*Models that fit: lenet5, alexnet, vgg11"

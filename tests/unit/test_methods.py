@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from feddip_mpi import checkpoint, codec, config, federation, masks, methods, rounds, run_folder, session
 from feddip_mpi.config import Config
-from feddip_mpi.errors import InputError
+from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.federation import Federation
 from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning
@@ -106,6 +106,27 @@ def test_every_rank_knows_what_all_have_sent_before_the_first_round(method: str)
     built = [build(method) for _ in range(3)]
     results = together(3, lambda comm: rounds.initial_state(dataclasses.replace(built[comm.rank], comm=comm)).opened)
     assert [each.uploaded for each in results] == [alone.uploaded] * 3
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_stop_ends_an_opening_between_clients_on_all_ranks(after: int) -> None:
+    """One rank alone has seen the signal, after so many of its clients; the opening done again is the same."""
+    built = [build("ssfl") for _ in range(3)]
+
+    def work(comm: Any) -> str:
+        asked = iter(range(99))
+
+        def stopped() -> Stopped | None:
+            return Stopped("by a signal") if comm.rank == 1 and next(asked) == after else None
+
+        own = dataclasses.replace(built[comm.rank], comm=comm)
+        with pytest.raises(Stopped) as caught:
+            rounds.initial_state(own, stopped)
+        again = rounds.initial_state(own)
+        return f"{caught.value} {bits([again])}"
+
+    whole = rounds.initial_state(build("ssfl"))
+    assert together(3, work) == [f"by a signal {bits([whole])}"] * 3
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -76,6 +76,31 @@ def test_a_method_without_a_mask_keeps_everything() -> None:
     assert {row["sparsity"] for row in rows} == {0.0}
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("fedavg", "no mask: every weight is kept and travels"),
+        ("snip", "one mask, made before the first round, stays: sparsity 0.9"),
+        ("erk", "one mask, made before the first round, stays: sparsity 0.9"),
+        ("feddst", "4 mask updates, the last in round 12; final sparsity 0.9"),
+        ("feddip", "4 mask updates, the last in round 12; final sparsity 0.9"),
+    ],
+)
+def test_what_is_said_of_the_mask(method: str, said: str) -> None:
+    settings, _, _, rows = plan(f"method={method}")
+    assert said in planning.summary(settings, rows)
+
+
+def test_a_regrow_share_that_rounds_to_nothing_is_said() -> None:
+    settings, prunable, _, rows = plan("upload.regrow=0.00001", "sparsity.final=0.999")
+    text = planning.summary(settings, rows)
+    assert "upload.regrow=1e-05 of so few kept weights rounds to 0 in all" in text
+    assert not any(row["regrow"] for row in rows) and prunable > 0
+    for fine in ("upload.regrow=0", "upload.regrow=0.1"):
+        settings, _, _, rows = plan(fine)
+        assert "rounds to 0" not in planning.summary(settings, rows)
+
+
 def test_one_round() -> None:
     settings, _, _, rows = plan("rounds=1")
     assert len(rows) == 1 and rows[0]["mask_update"]

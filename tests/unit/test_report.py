@@ -8,13 +8,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import made_runs
 import numpy as np
 import pytest
 
 from feddip_mpi.errors import InputError
-from feddip_mpi.report import figures, page, runs, summaries, tables
+from feddip_mpi.report import drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
 from feddip_mpi.run_folder import Lock, RunFolder
 
@@ -201,6 +202,106 @@ def test_csv_holds_every_number(study: Path) -> None:
     ).items()
 
 
+def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study: Path, tmp_path: Path) -> None:
+    dense = {"method": "fedavg", "upload.values": "fp32", "sparsity.initial": 0, "sparsity.final": 0}
+    skewed = {"data.partition": "dirichlet"}
+    made_runs.make(tmp_path / "d", 1, 0.8, keys=dense | skewed, sparsity=0.0, upload=1000)
+    made_runs.make(tmp_path / "p", 1, 0.7, keys=skewed | {"sparsity.final": 0.9}, sparsity=0.9012)
+    made = summaries.groups(runs.find([study, tmp_path]).runs)
+    ((name, family),) = summaries.families(made).items()
+    assert name == "lenet5 on synthetic, 3 rounds, 2 of 4 clients a round, 5 local epochs" and list(family) == [
+        "iid",
+        "dirichlet(0.5)",
+    ]
+    text = tables.to_markdown(name, family)
+    assert text.splitlines()[2:] == [
+        "| method | IID, 0.9 | IID, 0.95 | Dirichlet(0.5), 0.9 |",
+        "|---|---|---|---|",
+        "| FedAvg (dense) | 0.7200 (0.7000 to 0.7400)<br>0.0 MB | 0.7200 (0.7000 to 0.7400)<br>0.0 MB "
+        "| 0.7000 (seed 1)<br>0.0 MB |",
+        "| FedDIP | 0.6100 (0.6000 to 0.6200)<br>0.0 MB, 10 x | 0.5100 (0.5000 to 0.5200)<br>0.0 MB, 10 x "
+        "| 0.6000 (seed 1)<br>0.0 MB, 10 x |",
+        "",
+        "Ended beside the sparsity asked for: FedDIP 0.9012.",
+    ]  # fmt: skip
+    assert "mean of the last 3 evaluations: mean of the seeds 1, 2 (lowest to highest)" in text
+
+
+def test_names_as_papers_write_them() -> None:
+    assert [summaries.name_of(label) for label in ("feddip", "feddip-int4", "snip", "mine-2", "feddipper")] == [
+        "FedDIP", "FedDIP int4", "SNIP", "mine-2", "feddipper",
+    ]  # fmt: skip
+
+
+def test_a_method_that_does_not_learn_does_not_set_the_scale() -> None:
+    assert drawing.whole_scale([0.1, 0.85, 0.86, 0.88, 0.89]) == (0.85, 0.89)
+    assert drawing.whole_scale([0.7, 0.9]) == (0.7, 0.9)
+    assert drawing.whole_scale([0.5]) == (0.5, 0.5)
+
+
+def test_looks_are_apart_and_the_same_in_every_report(study: Path) -> None:
+    (group, *_) = groups_of(study)
+    known = [
+        "fedavg",
+        "fedprox",
+        "feddip",
+        "feddip-int4",
+        "feddip-published",
+        "gradual",
+        "ssfl",
+        "snip",
+        "feddst",
+        "erk",
+    ]
+    labels = [*known, *(f"mine-{number}" for number in range(20))]
+    groups = [Group(group.setting, label, 0.9, "", group.runs) for label in labels]
+    look = drawing.Look(groups)
+    pairs = [(look.colour(label), look.mark(label)) for label in labels]
+    assert len(set(pairs)) == len(pairs)
+    alone = drawing.Look(groups[3:4])
+    assert (alone.colour("feddip-int4"), alone.mark("feddip-int4")) == pairs[3]
+
+
+@pytest.mark.parametrize("methods", [1, 13])
+def test_nothing_in_a_figure_is_cut_off(tmp_path: Path, methods: int) -> None:
+    """Every text of the figures that compare lies inside its figure, with one method and with many."""
+    pytest.importorskip("matplotlib")
+    dense = {"method": "fedavg", "upload.values": "fp32", "sparsity.initial": 0, "sparsity.final": 0}
+    made_runs.make(tmp_path / "dense", 1, 0.9, keys=dense, sparsity=0.0, upload=10**7)
+    for number in range(methods):
+        for share in (0.95, 0.98)[:methods]:
+            keys = {"sparsity.final": share, "mask.every": 1 + number}
+            accuracy = 0.2 if number == 5 else 0.88 - 0.002 * number
+            made_runs.make(
+                tmp_path / f"{number}-{share}", 1, accuracy, keys=keys, sparsity=share, upload=10**5 + number
+            )
+    made = groups_of(tmp_path)
+    look, footer = drawing.Look(made), drawing.footer_of({made[0].hardware[0]: "A"})
+    with drawing.style():
+        (family,) = summaries.families(made).values()
+        for picture in (*figures.of_settings(family, look, footer), *figures.of_setting(made, look, footer)):
+            assert outside(picture.figure) == [], picture.name
+
+
+def outside(figure: Any) -> list[str]:
+    """Texts that pass the figure's edge."""
+    from matplotlib.axes import Axes
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    width, height = figure.bbox.width, figure.bbox.height
+    axes = [axis for panel in figure.findobj(Axes) for axis in (panel.xaxis, panel.yaxis)]
+    ticks = {id(label) for axis in axes for tick in axis.get_major_ticks() for label in (tick.label1, tick.label2)}
+    ticks -= {id(tick.label1) for axis in axes for tick in axis._update_ticks()}  # those that are drawn count
+    found = []
+    for text in figure.findobj(Text):
+        if text.get_text() and text.get_visible() and id(text) not in ticks and (text.axes is None or text.axes.axison):
+            box = text.get_window_extent()
+            if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1:
+                found.append(f"{text.get_text()}: {box} of {width} x {height}")
+    return found
+
+
 def test_latex_is_escaped() -> None:
     assert tables.escape(r"a_b 5% {x} \y $z$ #1 & ~^") == (
         r"a\_b 5\% \{x\} \textbackslash{}y \$z\$ \#1 \& \textasciitilde{}\textasciicircum{}"
@@ -264,6 +365,7 @@ def test_page_is_whole_and_alone(written: Path) -> None:
     assert all(len(str(image["alt"])) > 40 for image in parsed.images)
     titles = " ".join(re.findall(r"<strong>(.*?)</strong>: ", text))
     for wanted in (
+        "Accuracy against bytes and against sparsity", "Accuracy by method",
         "Accuracy against sparsity", "Accuracy against bytes", "Accuracy against seconds", "Accuracy by round, sparsity 0.9",
         "Sparsity by layer, sparsity 0.95", "Mask churn", "Penalty", "Pruning error and update norm", "Bytes by kind and phase",
         "Accuracy by client", "Time by phase", "Peak memory",
@@ -279,7 +381,7 @@ def test_files_beside_the_page(written: Path) -> None:
     assert len(pictures) == len(list((written / "figures").glob("*.pdf"))) >= 16
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     assert {path.name for path in (written / "tables").iterdir()} == {
-        "summary.csv", "summary.tex", "runs.csv", "rounds.csv", "left-out.csv",
+        "summary.csv", "summary.tex", "summary.md", "runs.csv", "rounds.csv", "left-out.csv",
     }  # fmt: skip
     text = (written / "tables" / "summary.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1

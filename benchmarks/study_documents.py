@@ -1,0 +1,134 @@
+"""Tables and figures of the study, from its run folders into README.md and docs/results.
+
+    python benchmarks/study_documents.py runs/fashion-mnist-short
+
+What has been run so far counts; the same command again takes up what has finished since. Written are the parts between
+`<!-- study -->` and `<!-- end study -->` in README.md and docs/results/study.md, and docs/results/study/: the report's
+overview, accuracy by round for each partition and sparsity, and its summary.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from feddip_mpi import hdf5
+from feddip_mpi.report import accuracy_figures, drawing, figures, page, plots, runs, summaries, tables
+from feddip_mpi.report.runs import Found
+from feddip_mpi.report.summaries import Group, Line
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- study -->", "<!-- end study -->"
+# Rows of the README's table: labels of the grid, and what its reader has to know about them.
+ROWS = {
+    "fedavg": "FedAvg, dense", "feddip-int4": "**FedDIP, int4** (the default)", "feddip": "FedDIP, fp32",
+    "gradual": "gradual magnitude", "ssfl": "SSFL", "snip": "SNIP", "feddst": "FedDST", "erk": "static random mask (ERK)",
+}  # fmt: skip
+COLUMNS = (("iid", 0.95), ("iid", 0.98), ("dirichlet(0.5)", 0.95))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Take what is finished into the documents."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of the sweep")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs lie")
+    arguments = parser.parse_args(words)
+    found = runs.find(arguments.runs)
+    made = summaries.groups(found.runs)
+    families = summaries.families(made)
+    if len(families) != 1:
+        parser.error(f"one study at a time; these folders hold {'; '.join(families)}")
+    ((name, family),) = families.items()
+    root, folder = arguments.root, arguments.root / "docs" / "results" / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw(made, family, folder)
+    letters = summaries.hardware_letters(found.runs)
+    lines = [line for groups in family.values() for line in summaries.lines(groups)]
+    hdf5.write_text(folder / "summary.csv", tables.to_csv(tables.summary_rows(lines, letters)))
+    fill(root / "README.md", f"{compact(family)}\n{source(found)}")
+    whole = [
+        tables.to_markdown(name, family),
+        source(found),
+        *(f"![{p.title}](study/{p.name}.png)\n" for p in pictures),
+    ]
+    fill(root / "docs" / "results" / "study.md", "\n".join(whole))
+
+
+def compact(family: Mapping[str, Sequence[Group]]) -> str:
+    """The README's table: the methods of `ROWS` at `COLUMNS`, as far as there are cells, and bytes at the first."""
+    lines = {
+        (partition, line.group.label, line.group.level): line
+        for partition, groups in family.items()
+        for line in summaries.lines(groups)
+    }
+
+    def cell(label: str, column: tuple[str, float]) -> Line | None:
+        partition, level = column
+        return lines.get((partition, label, level)) or lines.get((partition, label, 0.0))
+
+    columns = [column for column in COLUMNS if any((column[0], label, column[1]) in lines for label in ROWS)]
+    heads = [f"{summaries.capital(partition)}, {100 * level:g} % zeros" for partition, level in columns]
+    text = [f"| | {' | '.join(heads)} | uploaded | |", "|---" * (3 + len(columns)) + "|"]
+    for label, name in ROWS.items():
+        cells = [cell(label, column) for column in columns]
+        first = cells[0] if cells else None
+        shown = [tables.spread_text(line.last5, 3) if line else "-" for line in cells]
+        dense = first is None or first.against is first.group or first.times_fewer_bytes is None
+        fewer = "" if dense or first is None else f"{first.times_fewer_bytes:.3g} times less"
+        size = f"{first.upload_bytes.mean / 1e6:.1f} MB" if first else "-"
+        if any(cells):
+            text.append(f"| {name} | {' | '.join(shown)} | {size} | {fewer} |")
+    return "\n".join(text) + "\n"
+
+
+def source(found: Found) -> str:
+    """Seeds, hardware, versions and how much of the grid there is, in one paragraph."""
+    seeds = sorted({run.config.seed for run in found.runs})
+    cells = len(found.runs)
+    left = f"; {len(found.left_out)} more were unfinished" if found.left_out else ""
+    several = "means of the seeds (lowest to highest), " if len(seeds) > 1 else ""
+    counted = f"{several}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {cells} runs{left}"
+    kinds = "; ".join(sorted({str(run.hardware) for run in found.runs}))
+    text = f"{counted}; {kinds}; {'; '.join(sorted({run.versions for run in found.runs}))}"
+    return f"{text[:1].upper()}{text[1:]}.\n"
+
+
+def draw(made: Sequence[Group], family: Mapping[str, Sequence[Group]], folder: Path) -> list[drawing.Picture]:
+    """The pictures, saved."""
+    look = drawing.Look(made)
+    footer = drawing.footer_of(summaries.hardware_letters([run for group in made for run in group.runs]))
+    for old in folder.glob("*.png"):
+        old.unlink()
+    drawn = []
+    with drawing.style():
+        overview = accuracy_figures.overview(family, look)
+        found = [(overview, "")] if overview else []
+        for partition, groups in family.items():
+            dense = [group for group in groups if not group.prunes]
+            for level in sorted({group.level for group in groups if group.prunes}):
+                members = [*dense, *(group for group in groups if group.prunes and group.level == level)]
+                picture = figures.accuracy_by_round(members, look)
+                if picture is not None:
+                    found.append((picture, f"{summaries.capital(partition)}, sparsity {level:.4g}"))
+        for picture, level in found:
+            finished = drawing.finish(picture, level, footer)
+            named = drawing.Picture(
+                page.slug(finished.name), finished.title, finished.alternative, finished.figure, finished.groups
+            )
+            plots._save(named.figure, folder / f"{named.name}.png")
+            drawn.append(named)
+    return drawn
+
+
+def fill(path: Path, text: str) -> None:
+    """Put the text between the marks of a document."""
+    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise SystemExit(f"{path}: has no {BEGIN} ... {END}")
+    hdf5.write_text(path, f"{before}{BEGIN}\n{text.rstrip()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

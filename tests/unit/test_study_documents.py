@@ -1,0 +1,70 @@
+"""The study's tables in the documents: what the script makes of runs, and that what is committed fits its numbers."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import made_runs
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study_documents", ROOT / "benchmarks" / "study_documents.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_documents_are_filled_between_their_marks_and_again(script: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = made_runs.study(tmp_path / "runs")
+    documents = (tmp_path / "README.md", tmp_path / "docs" / "results" / "study.md")
+    documents[1].parent.mkdir(parents=True)
+    for path in documents:
+        path.write_text("before\n<!-- study -->\nold\n<!-- end study -->\nafter\n")
+    script.main([str(runs), "--root", str(tmp_path)])
+    readme, study = (path.read_text() for path in documents)
+    for text in (readme, study):
+        assert text.startswith(("before\n<!-- study -->\n|", "before\n<!-- study -->\nlenet5"))
+        assert text.endswith("<!-- end study -->\nafter\n") and "\nold\n" not in text
+    assert "| FedAvg, dense | 0.720 (0.700 to 0.740) | 0.0 MB |  |" in readme
+    assert "| FedDIP, fp32 | 0.510 (0.500 to 0.520) | 0.0 MB | 10 times less |" in readme
+    assert "seeds 1, 2, 6 runs; CPU X, 2 cores, CPU, ranks: 1; feddip_mpi 1.0" in readme
+    named = re.findall(r"\]\((study/[^)]*)\)", study)
+    assert len(named) == 3 and all((documents[1].parent / name).is_file() for name in named)
+    script.main([str(runs), "--root", str(tmp_path)])
+    assert [path.read_text() for path in documents] == [readme, study]
+    documents[0].write_text("no marks")
+    with pytest.raises(SystemExit, match="README"):
+        script.main([str(runs), "--root", str(tmp_path)])
+    assert documents[0].read_text() == "no marks"
+
+
+def test_the_readme_says_what_the_committed_summary_says(script: ModuleType) -> None:
+    with (ROOT / "docs" / "results" / "study" / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split(script.BEGIN)[1].split(script.END)[0]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    heads = [re.fullmatch(r"(.*), (\d+) % zeros", head) for head in table[0]]
+    columns = [(number, head[1].lower(), int(head[2]) / 100) for number, head in enumerate(heads) if head]
+    assert columns and len(table) <= 9
+    for label, name in script.ROWS.items():
+        (cells,) = [line for line in table if line[0] == name]
+        for number, partition, level in columns:
+            fitting = [
+                row for row in rows if row["method"] == label and f", {partition}, " in row["setting"]
+                and (abs(float(row["sparsity"]) - level) < 0.002 or float(row["sparsity"]) == 0)
+            ]  # fmt: skip
+            assert len(fitting) <= 1
+            shown = f"{float(fitting[0]['accuracy_last5_mean']):.3f}" if fitting else "-"
+            assert cells[number].split(" ")[0] == shown, (label, partition, level)
