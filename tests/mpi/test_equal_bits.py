@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ssfl": {"method": "ssfl", "upload__values": "int8"},
     "sparsyfed": {"method": "sparsyfed", "overlap": False},
     "by speed": {**INT4, "balance": "speed"},
+    "side by side": {**INT4, "clients_at_once": 2},
     "bf16": {**INT4, "precision": "bf16", "upload__residual_values": "bf16", "upload__residual_memory": 0},
     "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological", "upload__values": "fp32"},
 }  # fmt: skip
@@ -93,7 +94,18 @@ def test_the_runs_are_worth_comparing(trained: dict[str, Path]) -> None:
 def test_the_exchange_changes_no_bit(trained: dict[str, Path], layout: str) -> None:
     folder = train_all(trained, layout)
     for base, others in (
-        ("int4", ["int4 sharded", "int4 node", "int4 auto", "int4 at once", "int4 sharded at once", "by speed"]),
+        (
+            "int4",
+            [
+                "int4 sharded",
+                "int4 node",
+                "int4 auto",
+                "int4 at once",
+                "int4 sharded at once",
+                "by speed",
+                "side by side",
+            ],
+        ),
         ("ef21", ["ef21 allgatherv"]),
     ):
         ours = runs.contents(runs.newest(folder / base))
