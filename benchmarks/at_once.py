@@ -1,8 +1,9 @@
 """Two clients at once on one rank against one after another, and against two ranks; interleaved, on the CPU.
 
-    python benchmarks/at_once.py [--rows FedAvg "FedDIP 0.95"] [--rounds 8] [--out docs/results/at-once.json]
+    python benchmarks/at_once.py [--rows FedAvg "FedDIP 0.95"] [--rounds 8] [--append] [--out docs/results/at-once.json]
 
 The workload of benchmarks/round.py, in its turns of a second. On a GPU the same question is asked by benchmarks/gpu.py.
+`--append` adds rows to what the result file has.
 """
 
 from __future__ import annotations
@@ -75,10 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(workload.ROWS), default=["FedAvg", "FedDIP 0.95"])
     parser.add_argument("--rounds", type=int, default=8, help="of each way, after two that do not count")
+    parser.add_argument("--append", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/results/at-once.json"))
     options = parser.parse_args()
     hardware = {key: value for key, value in runtime.hardware().items() if key != "host"}
     result: dict = {"command": "python benchmarks/at_once.py", "versions": runtime.versions(), "hardware": hardware}
+    if options.append and options.out.exists():
+        result |= json.loads(options.out.read_text())
     with tempfile.TemporaryDirectory() as scratch:
         for number, row in enumerate(options.rows):
             result[row] = measure(row, options.rounds, Path(scratch) / str(number))
