@@ -3,6 +3,7 @@
     python benchmarks/at_once.py [--rows FedAvg "FedDIP 0.95"] [--rounds 8] [--append] [--out docs/results/at-once.json]
 
 The workload of benchmarks/round.py, in its turns of a second. On a GPU the same question is asked by benchmarks/gpu.py.
+Also what a rank could do in advance while it waits: a client's batches, against its training, in CPU time.
 `--append` adds rows to what the result file has.
 """
 
@@ -15,12 +16,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import round as workload
+import torch
 from watch import mpirun
 
-from feddip_mpi import runtime
+from feddip_mpi import config, federation, runtime
 
 # Ranks and clients at once.
 WAYS = {
@@ -72,6 +76,28 @@ def measure(row: str, rounds: int, scratch: Path) -> dict:
     return found
 
 
+def in_advance(clients: int = 6) -> dict:
+    """Median CPU milliseconds of a client's order of batches and normalised images, and of all of its round."""
+    comm = SimpleNamespace(
+        rank=0, size=1, node_rank=0, check=lambda error: None, gather=lambda row: row[None], node_broadcast=lambda x: x,
+        shared_arrays=lambda arrays: arrays,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    built = federation.build(config.parse("{}"), comm, torch.device("cpu"))
+    mask = torch.ones(built.layout.prunable, dtype=torch.bool)
+    times: dict[str, list[float]] = {"batches": [], "whole round": []}
+    for client in range(clients):
+        samples = built.partition.train[client]
+        for name, work in (
+            ("batches", lambda s=samples, c=client: built.trainer._batches(s, 0, c)),
+            ("whole round", lambda s=samples, c=client: built.trainer.train(built.initial, mask, s, 0.1, 0.0, 0, c)),
+        ):
+            started = time.process_time()
+            work()
+            times[name].append(1e3 * (time.process_time() - started))
+    return {name: statistics.median(own[1:]) for name, own in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(workload.ROWS), default=["FedAvg", "FedDIP 0.95"])
@@ -84,6 +110,7 @@ def main() -> None:
     if options.append and options.out.exists():
         result |= json.loads(options.out.read_text())
     with tempfile.TemporaryDirectory() as scratch:
+        result["a client, CPU ms"] = in_advance()
         for number, row in enumerate(options.rows):
             result[row] = measure(row, options.rounds, Path(scratch) / str(number))
             options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -39,7 +39,15 @@ class Trainers:
     """
 
     def __init__(self, trainers: Sequence[LocalTrainer], threads: int) -> None:
-        """`threads`: torch threads of each trainer."""
+        """`threads`: torch threads of each trainer. Raises InputError where a method gives two of them one hook."""
+        hooks = [id(trainer.hook) for trainer in trainers if trainer.hook is not None]
+        if len(set(hooks)) < len(hooks):
+            error = InputError(
+                f"clients_at_once: got {len(trainers)}, but hook(bound) of the method returns the same object when it is called "
+                "again; allowed: a method whose hook makes a new one, or clients_at_once=1"
+            )
+            error.shared = True  # every rank finds it at the same time
+            raise error
         self.all = tuple(trainers)
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None

@@ -18,9 +18,12 @@ from torch.nn import functional as F
 from feddip_mpi import config, federation, rounds
 from feddip_mpi.errors import Abandoned, InputError, NumericalError
 from feddip_mpi.federation import Federation
+from feddip_mpi.local import LocalHook
+from feddip_mpi.methods.feddip import FedDIP
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.trainers import Trainers
+from feddip_mpi.vector import BoundModel
 
 
 class Dropping(nn.Module):
@@ -248,6 +251,20 @@ def test_a_network_that_draws_from_the_global_generators_is_refused() -> None:
 def test_a_network_that_is_made_once_only_is_refused() -> None:
     with pytest.raises(InputError, match="clients_at_once: got 2, but .* returns the same network"):
         build(2, "the_same_again")
+
+
+class OneHook(FedDIP):
+    _own = LocalHook()
+
+    def hook(self, bound: BoundModel) -> LocalHook:
+        return self._own
+
+
+def test_a_method_with_one_hook_for_all_is_refused() -> None:
+    build(1, method=f"{__name__}:OneHook")
+    with pytest.raises(InputError, match="clients_at_once: got 3, but hook") as told:
+        build(3, method=f"{__name__}:OneHook")
+    assert told.value.shared
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
