@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--device cuda|cpu] [--seconds 500] [--data FOLDER] [--out docs/results/gpu.json]
 
 In turn: a client's round on the device against the CPU; 1 rank against 2 ranks on the same device, all bits; DPF against
-plain SGD in fp32, tf32 and bf16; clients side by side (a thread and a stream each) against one after another; from the device to
+plain SGD in fp32, tf32 and bf16; 1, 2 and 5 clients at once (`clients_at_once`), time and bits; from the device to
 MPI's memory; then the published settings for as many rounds as fit. FOLDER is what `data.path` names (parent of the data
 sets' own folders); a data set that is not there is replaced by generated images of its shape, and the result says so.
 On the CPU everything is small (`--device cpu`): that shows that the script runs, not what a GPU does.
@@ -21,8 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -129,21 +127,6 @@ def steps(device: torch.device, models: list[str], images: int, batch: int, repe
     return found
 
 
-def side_by_side(device: torch.device, clients: int, images: int) -> dict:
-    """Seconds for some LeNet-5 clients one after another, and at once in a thread and a stream each."""
-    made = [trainer("lenet5", device, images, BATCH) for _ in range(clients)]
-
-    def one(number: int) -> None:
-        local, arguments = made[number]
-        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-            local.train(*arguments, 1e-4, 0.0, 0, number)
-
-    found = {"clients": clients, "one after another": seconds_of(lambda: [one(i) for i in range(clients)], device, 3)}
-    with ThreadPoolExecutor(clients) as pool:
-        found["at once"] = seconds_of(lambda: list(pool.map(one, range(clients))), device, 3)
-    return found
-
-
 def transfers(device: torch.device) -> dict:
     """Milliseconds from the device into memory that MPI can read, and back, by megabytes."""
     found = {}
@@ -211,6 +194,26 @@ def equal_bits(device: torch.device, folder: Path, rounds: int) -> dict:
     return {"arrays": len(found[0]), "differing on 2 ranks": differing[0], "differing when repeated": differing[1]}
 
 
+def side_by_side(device: torch.device, folder: Path, images: int, rounds: int) -> dict:
+    """Median seconds in which one rank trains five LeNet-5 clients of `images` images, by `clients_at_once`."""
+    source = folder / "side-by-side.yaml"
+    source.write_text("{}\n")
+    common = ["data.name=synthetic", f"data.synthetic.train_samples={10 * images}", "clients=10", "participants=5"]
+    settings = [*common, f"rounds={rounds}", "eval.every=1000", f"device={device.type}"]
+    found: dict = {"images a client": images, "seconds to train 5 clients": {}}
+    bits = []
+    for at_once in (1, 2, 5):
+        run = folder / f"at-once-{at_once}"
+        code = train(1, source, [*settings, f"clients_at_once={at_once}"], run, 60)
+        if code:
+            return {**found, "exit code": code, "log": run.with_suffix(".log").read_text()[-2000:]}
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found["seconds to train 5 clients"][at_once] = statistics.median(line["train_seconds"] for line in lines[1:])
+        bits.append(weights_and_residuals(run))
+    found["differing"] = [name for name in bits[0] if any(bits[0][name] != other.get(name) for other in bits[1:])]
+    return found
+
+
 def published(device: torch.device, folder: Path, data: Path | None, seconds: float) -> dict:
     """The three published settings, each for a third of the time; what the last round says and seconds by phase."""
     found = {}
@@ -255,7 +258,7 @@ def parts(
     yield "against the CPU", against_the_cpu(device, list(SHAPES))
     yield "equal bits", equal_bits(device, folder, 6 if gpu else 3)
     yield "steps, ms a batch", steps(device, models, 12 * BATCH if gpu else 128, BATCH if gpu else 64, 5 if gpu else 2)
-    yield "side by side, seconds", side_by_side(device, 5, 1200 if gpu else 128)
+    yield "clients at once", side_by_side(device, folder, 1200 if gpu else 128, 8 if gpu else 3)
     yield "transfers, ms", transfers(device)
     left = options.seconds - (time.monotonic() - started)
     yield "published settings", published(device, folder, options.data, max(30.0, left))
@@ -284,9 +287,11 @@ def main() -> None:
             print(f"{name}, after {time.monotonic() - started:.0f} s: {json.dumps(found)}", flush=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")  # what is done is kept if the rest fails
     wrong = [name for name, row in result["against the CPU"].items() if not row["within"]]
-    bits = result["equal bits"]
+    bits, at_once = result["equal bits"], result["clients at once"]
     if wrong or bits.get("exit code") or bits["differing on 2 ranks"] or bits["differing when repeated"]:
         raise SystemExit(f"not as promised: {wrong} against the CPU, {bits}")
+    if at_once.get("exit code") or at_once["differing"]:
+        raise SystemExit(f"not as promised: {at_once}")
 
 
 if __name__ == "__main__":

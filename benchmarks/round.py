@@ -30,7 +30,7 @@ from watch import mpirun, proportional_bytes
 
 RANKS, CLIENTS, PARTICIPANTS, EPOCHS, BATCH = 2, 50, 5, 5, 128
 LEARNING_RATE, DECAY, WEIGHT_DECAY = 0.1, 0.998, 5e-4
-_COMMON = [f"clients={CLIENTS}", f"participants={PARTICIPANTS}", f"local_epochs={EPOCHS}", f"batch_size={BATCH}"]
+COMMON = [f"clients={CLIENTS}", f"participants={PARTICIPANTS}", f"local_epochs={EPOCHS}", f"batch_size={BATCH}"]
 _FEDAVG = ["method=fedavg", "upload.values=fp32"]
 # At its final sparsity from the first mask update on (after round 2), with a new mask every second round: more of them
 # than any stretch of a real run has.
@@ -45,7 +45,7 @@ YARDSTICK = "plain PyTorch"
 # The yardstick of somebody who knows what glibc does with big blocks (docs/results/performance.md).
 TUNED = "plain PyTorch, big blocks kept"
 _BIG_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "9223372036854775807"}
-_WARM_UP = 2
+WARM_UP = 2
 
 
 # The yardstick: nothing of the package is imported here.
@@ -148,7 +148,7 @@ class Contender:
 
     def round_seconds(self) -> list[float]:
         """Of the rounds after the warm-up."""
-        timed = self.ends[_WARM_UP - 1 :]
+        timed = self.ends[WARM_UP - 1 :]
         return [end - start for start, end in pairwise(timed)]
 
     def end(self) -> None:
@@ -165,7 +165,7 @@ def start(name: str, arrays: Path, folder: Path) -> Contender:
         config = folder / "round.yaml"
         config.write_text("{}\n")
         settings = [
-            x for item in [*_COMMON, "rounds=1000", "checkpoint.every=1000", *ROWS[name]] for x in ("--set", item)
+            x for item in [*COMMON, "rounds=1000", "checkpoint.every=1000", *ROWS[name]] for x in ("--set", item)
         ]
         program = [sys.executable, "-m", "feddip_mpi", "train", str(config), *settings, "--out", str(folder / "run")]
         command, rounds = [*mpirun(RANKS), *program], folder / "run" / "metrics.jsonl"
@@ -188,13 +188,13 @@ def series(rows: list[str], rounds: int, arrays: Path, scratch: Path) -> dict:
             folder = scratch / str(len(contenders))
             folder.mkdir()
             contenders.append(start(name, arrays, folder))
-            while len(contenders[-1].ends) < _WARM_UP:
+            while len(contenders[-1].ends) < WARM_UP:
                 contenders[-1].turn(0.5)
         while any(len(contender.round_seconds()) < rounds for contender in contenders):
             for contender in contenders:  # also those that are done: more rounds do no harm
                 contender.turn(1.0)
         for contender in contenders:
-            lines = contender.rounds.read_text().splitlines()[: _WARM_UP + rounds]
+            lines = contender.rounds.read_text().splitlines()[: WARM_UP + rounds]
             found[contender.name] = {
                 "seconds": contender.round_seconds(),
                 "bytes": contender.peak,

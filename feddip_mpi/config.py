@@ -408,6 +408,13 @@ class Config(_Section):
     threads: int = Field(
         1, ge=1, le=1024, description="torch threads per rank; results are bit-equal for equal threads"
     )
+    clients_at_once: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="clients that a rank trains side by side, each in a thread (on a GPU with a stream) and a workspace of its "
+        "own; changes no result",
+    )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="of training's convolutions and matrix products (weights, updates, evaluation: float32); tf32: GPUs only",
@@ -433,8 +440,8 @@ class Config(_Section):
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "balance", "network.latency", "network.bandwidth", "data.path", "eval.every",
     "eval.clients", "upload.residual_memory", "upload.residual_folder", "checkpoint.every", "checkpoint.keep",
-    "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device", "memory_fraction", "stop_grace", "watchdog",
-    "tensorboard", "on_rank_failure", "recovery_timeout",
+    "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device", "clients_at_once", "memory_fraction",
+    "stop_grace", "watchdog", "tensorboard", "on_rank_failure", "recovery_timeout",
 )  # fmt: skip
 
 # These change neither a bit of a run's result nor what is measured of it.

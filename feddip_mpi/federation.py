@@ -19,6 +19,7 @@ from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.local import DeviceData, LocalTrainer
 from feddip_mpi.methods.base import Method
+from feddip_mpi.trainers import Trainers
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
 
@@ -32,7 +33,8 @@ class Federation:
         identity: fingerprint of images and labels; a resume on other data is refused.
         partition: which images belong to which client.
         train_data, test_data: the splits on this rank's device.
-        layout, bound, trainer: the model and its flat vector, and what trains it.
+        layout, bound: the model and its flat vector.
+        trainers: what trains it; the first in `bound`.
         initial: float32 [n] on the device, the initial weights.
         method: what is trained with; the same on every rank.
     """
@@ -47,9 +49,14 @@ class Federation:
     test_data: DeviceData
     layout: Layout
     bound: BoundModel
-    trainer: LocalTrainer
+    trainers: Trainers
     initial: torch.Tensor
     method: Method
+
+    @property
+    def trainer(self) -> LocalTrainer:
+        """For what clients do one after another."""
+        return self.trainers.all[0]
 
     @cached_property
     def samples(self) -> list[int]:
@@ -69,11 +76,12 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         model, layout = build_model(config, dataset.train_images.shape[1:], dataset.classes)
         _require_batches_of_two(config, model, parts)
         method = methods.make(config, model, layout, dataset.train_images.shape[1:])
+        others = _more_models(config, model, dataset.train_images.shape[1:], dataset.classes)
     except FeddipError as caught:
         error = caught
     comm.check(error)
     initial = flatten(model, layout).to(device)
-    bound = BoundModel(model, layout, device)
+    bound, *more = (BoundModel(each, layout, device) for each in (model, *others))
     # On the CPU convolution and pooling then run channels last too: 1.3 times the LeNet-5 step (docs/results/step.json).
     # A model by import path may flatten its features with `view`, which takes contiguous ones only.
     channels_last = device.type == "cpu" and config.model.name in models.NAMES
@@ -89,7 +97,10 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         test_data=test_data,
         layout=layout,
         bound=bound,
-        trainer=LocalTrainer(bound, train_data, method.local_rule(), method.hook(bound)),
+        trainers=Trainers(
+            [LocalTrainer(each, train_data, method.local_rule(), method.hook(each)) for each in (bound, *more)],
+            config.threads,
+        ),
         initial=initial,
         method=method,
     )
@@ -102,6 +113,17 @@ def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.n
         generators.seed_all(config.seed, "initial weights")
         model = models.create(config.model.name, channels, (height, width), classes)
     return model, Layout.of(model, models.prunable_names(model, config.model.keep_dense))
+
+
+def _more_models(config: Config, model: torch.nn.Module, input_shape: Any, classes: int) -> list[torch.nn.Module]:
+    """A network for each further client that trains at once. Raises InputError where they are not different ones."""
+    made = [build_model(config, input_shape, classes)[0] for _ in range(config.clients_at_once - 1)]
+    if len({id(each) for each in (model, *made)}) <= len(made):
+        raise InputError(
+            f"clients_at_once: got {config.clients_at_once}, but {config.model.name} returns the same network when it is "
+            "called again; allowed: a function that makes a new one, or clients_at_once=1"
+        )
+    return made
 
 
 def _require_batches_of_two(config: Config, model: torch.nn.Module, parts: partitions.Partition) -> None:

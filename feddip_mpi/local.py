@@ -12,7 +12,8 @@ from torch import Tensor
 from feddip_mpi import generators
 from feddip_mpi.data import augment
 from feddip_mpi.errors import Abandoned
-from feddip_mpi.streams import stream
+from feddip_mpi.models.dropout import Dropout
+from feddip_mpi.streams import stream, torch_seed
 from feddip_mpi.vector import BoundModel, Layout
 
 # A client's images are normalised once a round where they take no more than this as float32.
@@ -117,13 +118,17 @@ class LocalHook:
 
 
 class LocalTrainer:
-    """Trains any client of this rank, one after the other, in the same buffers: memory grows with the model only."""
+    """Trains any client, one after the other, in the same buffers: memory grows with the model only."""
 
     def __init__(self, bound: BoundModel, data: DeviceData, rule: LocalRule, hook: LocalHook | None = None) -> None:
         self.bound, self.data, self.rule, self.hook = bound, data, rule, hook
         layout = bound.layout
         self._weights = torch.empty(layout.parameters, device=bound.vector.device)
         self._gradient = torch.empty_like(self._weights)
+        self._generator = torch.Generator(bound.vector.device)
+        for module in bound.model.modules():
+            if isinstance(module, Dropout):
+                module.generator = self._generator
         self._large = bound.vector.device.type == "cpu" and layout.parameters > _PIECE
 
     def train(
@@ -136,6 +141,7 @@ class LocalTrainer:
         round: int,
         client: int,
         give_up: Callable[[], bool] = lambda: False,
+        alone: bool = True,
     ) -> LocalResult:
         """E epochs of DPF from the received weights.
 
@@ -146,6 +152,7 @@ class LocalTrainer:
             learning_rate, penalty: eta_t, lambda_t.
             round, client: name the random streams.
             give_up: asked before every batch; when true the training ends with Abandoned.
+            alone: nothing else trains in this process meanwhile, and global random generators are this client's.
         """
         bound, layout = self.bound, self.bound.layout
         active = bound.vector
@@ -154,7 +161,7 @@ class LocalTrainer:
         # With nothing pruned the weights of the forward pass are the dense ones, and need no memory of their own.
         whole = hook is None and bool(mask.all())
         weights = active[: layout.parameters] if whole else self._weights.copy_(received[: layout.parameters])
-        self._begin("dropout", round, client)
+        self._begin("dropout", round, client, alone)
         kept = mask.to(torch.float32)
         loss_sum = torch.zeros((), device=active.device)
         if hook is not None:
@@ -219,18 +226,21 @@ class LocalTrainer:
             bound.vector[layout.parameters :] = weights[layout.parameters :]
         return total
 
-    def _begin(self, purpose: str, round: int, client: int) -> None:
+    def _begin(self, purpose: str, round: int, client: int, alone: bool = True) -> None:
         """The model as a client finds it, whoever was trained before: counters, mode, random numbers of its forward."""
         self.bound.reset_counters()
         self.bound.model.train()
-        # Not torch's generator alone: a forward of the user's may draw from `random` or `numpy.random`
-        # (stochastic depth), and would otherwise see who was trained before it on this rank.
-        generators.seed_all(self.rule.seed, purpose, round, client)
+        self._generator.manual_seed(torch_seed(self.rule.seed, purpose, round, client))
+        if alone:
+            # Not torch's generator alone: a forward of the user's may draw from `random` or `numpy.random`
+            # (stochastic depth), and would otherwise see who was trained before it on this rank.
+            generators.seed_all(self.rule.seed, purpose, round, client)
 
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The cross-entropy at the pruned weights (no sync), and its gradient for each parameter."""
         reduced = self.rule.precision == "bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
+        # The cache of rounded weights is the process's: another client's thread would empty it in mid-pass.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced, cache_enabled=False):
             logits = self.bound.model(images)
         loss = torch.nn.functional.cross_entropy(logits.float() if reduced else logits, labels)
         gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)

@@ -92,6 +92,7 @@ FIELDS: dict[str, Field] = {
     "train_seconds": Field("float", "clock", "local training, slowest rank"),
     "encode_seconds": Field("float", "clock", "encoding, slowest rank"),
     "wait_seconds": Field("float", "clock", "waiting for the slowest rank before the exchange, largest"),
+    "idle_seconds": Field("float", "clock", "the same waiting, mean of all ranks"),
     "exchange_seconds": Field("float", "clock", "waiting for messages after training, slowest rank"),
     "transfer_seconds": Field("float", "clock", "messages under way, slowest rank; most of it behind training"),
     "decode_seconds": Field("float", "clock", "decoding and summing, slowest rank"),

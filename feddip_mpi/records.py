@@ -138,6 +138,7 @@ def merged(
         "dense_bytes": 4 * layout.size * len(plan.participants),
         "residuals_lost": told.residuals_lost,
         **{f"{name}_seconds": float(s) for name, s in slowest.items()},
+        "idle_seconds": float(measured[:, list(meter.seconds).index("wait")].mean()),
         **dict(zip(_SUMMED, sums, strict=True)),
     }
     return {name: record[name] for name in metrics.FIELDS if name in record}

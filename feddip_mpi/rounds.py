@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -33,6 +34,7 @@ from feddip_mpi.config import Config, UploadConfig
 from feddip_mpi.errors import Abandoned, FeddipError, InputError, NumericalError, PeerError, RankLost
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
+from feddip_mpi.local import LocalResult, LocalTrainer
 from feddip_mpi.methods.base import checked_memories
 from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual
@@ -338,37 +340,45 @@ def _train_and_send(
     federation: Federation, srv: Server, plan: RoundPlan, task: Task, exchange: Exchange, work: records.Work,
     meter: records.Meter, life: Life,
 ) -> None:  # fmt: skip
-    config, comm = federation.config, federation.comm
-    received = server.pruned(srv.weights, srv.mask)
-    if federation.trainer.hook is not None:
-        federation.trainer.hook.begin_round(plan.round, plan.update_mask)
+    comm, received = federation.comm, server.pruned(srv.weights, srv.mask)
+    federation.trainers.begin_round(plan.round, plan.update_mask)
 
     def give_up() -> bool:
         comm.poll()  # who only trains would learn of a rank's death when it has finished
         return life.give_up()
 
-    for slot, client in enumerate(plan.participants):
-        if task.placed[client] != comm.rank:
-            continue
-        with meter.phase("train"):
-            samples = federation.partition.train[client]
-            result = federation.trainer.train(
-                received, srv.mask, samples, plan.learning_rate, plan.penalty, plan.round, client, give_up
-            )
-        with meter.phase("encode"):
-            for vector in (result.update, *result.extras):
-                _require_finite(result.loss, vector, plan, client, comm.rank)
-            if federation.method.confined:
-                _confine(work.held, client, srv.mask, config.upload)
-            sent = encode_and_send(exchange, task, config.upload, config.seed, work.held, client, result.update)
-        residual = work.held.get(client)
-        squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
-        if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
-            raise NumericalError(_diverged(plan, client, comm.rank, f"residual norm {squared**0.5}"))
-        work.numbers[slot, :-1] = (
-            result.loss, result.samples, squared, *(getattr(sent, kind) for kind in records.KINDS_OF_BYTES)
-        )  # fmt: skip
-        work.extras[client] = result.extras
+    def train(trainer: LocalTrainer, client: int, give_up: Callable[[], bool], alone: bool) -> LocalResult:
+        samples, rates = federation.partition.train[client], (plan.learning_rate, plan.penalty)
+        return trainer.train(received, srv.mask, samples, *rates, plan.round, client, give_up, alone)
+
+    own = placement.by_rank(task.placed, comm.size)[comm.rank]
+    with closing(federation.trainers.results(own, train, give_up)) as results:
+        for client in own:
+            with meter.phase("train"):
+                result = next(results)
+            with meter.phase("encode"):
+                _encode(federation, srv, plan, task, exchange, work, client, result)
+
+
+def _encode(
+    federation: Federation, srv: Server, plan: RoundPlan, task: Task, exchange: Exchange, work: records.Work, client: int,
+    result: LocalResult,
+) -> None:  # fmt: skip
+    """Send what a client leaves, and note it."""
+    config, rank = federation.config, federation.comm.rank
+    for vector in (result.update, *result.extras):
+        _require_finite(result.loss, vector, plan, client, rank)
+    if federation.method.confined:
+        _confine(work.held, client, srv.mask, config.upload)
+    sent = encode_and_send(exchange, task, config.upload, config.seed, work.held, client, result.update)
+    residual = work.held.get(client)
+    squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
+    if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
+        raise NumericalError(_diverged(plan, client, rank, f"residual norm {squared**0.5}"))
+    work.numbers[plan.participants.index(client), :-1] = (
+        result.loss, result.samples, squared, *(getattr(sent, kind) for kind in records.KINDS_OF_BYTES)
+    )  # fmt: skip
+    work.extras[client] = result.extras
 
 
 def _confine(held: MutableMapping[int, Residual], client: int, mask: Tensor, policy: UploadConfig) -> None:

@@ -513,6 +513,7 @@ def summarise(
         "wire_bytes": sum(r["wire_bytes"] for r in history),
         "received_bytes": sum(r["received_bytes"] for r in history),
         "seconds": sum(r["round_seconds"] for r in history),
+        "idle_share": _idle_share(history),
         "peak_host_memory_bytes": max(r["host_memory_bytes"] for r in history),
         **built.method.facts(mask),
         "versions": runtime.versions(),
@@ -521,6 +522,12 @@ def summarise(
         "device": runtime.device_name(built.device),
         "seed": built.config.seed,
     }
+
+
+def _idle_share(history: Sequence[Record]) -> float | None:
+    """Of the ranks' time the share in which they waited for slower ones; None where that was not measured."""
+    told = [r for r in history if r.get("idle_seconds") is not None]  # a checkpoint of an older version does not say
+    return sum(r["idle_seconds"] for r in told) / sum(r["round_seconds"] for r in told) if told else None
 
 
 def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Path | None:

@@ -195,7 +195,7 @@ class Method:
         )
 
     def hook(self, bound: BoundModel) -> LocalHook | None:
-        """What local training does besides the rule; made once for each rank."""
+        """What local training does besides the rule; made once for each client that trains at once."""
         return None
 
     @classmethod

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from feddip_mpi.models.dropout import Dropout
+
 
 class AlexNet(nn.Module):
     """Five convolutions and three linear layers: 23,262,912 prunable weights for 3x32x32 images and 10 classes.
 
-    Dropout draws from torch's global generator: seed it for runs that repeat.
+    Dropout draws from torch's global generator (seed it for runs that repeat), or from one that it is given.
     """
 
     def __init__(self, in_channels: int, image_size: tuple[int, int], classes: int) -> None:
@@ -24,6 +26,7 @@ class AlexNet(nn.Module):
         # The first stride rounds up, the three poolings round down. No adaptive pooling: its gradient is not
         # deterministic on a GPU.
         height, width = ((side + 1) // 2 // 8 for side in image_size)
+        self.dropout = Dropout(0.5)
         self.fc1 = nn.Linear(256 * height * width, 4096)
         self.fc2 = nn.Linear(4096, 4096)
         self.fc3 = nn.Linear(4096, classes)
@@ -35,7 +38,7 @@ class AlexNet(nn.Module):
         x = F.relu(self.conv3(x))
         x = F.relu(self.conv4(x))
         x = F.max_pool2d(F.relu(self.conv5(x)), 2)
-        x = F.dropout(x.flatten(1), 0.5, self.training)
-        x = F.dropout(F.relu(self.fc1(x)), 0.5, self.training)
+        x = self.dropout(x.flatten(1))
+        x = self.dropout(F.relu(self.fc1(x)))
         x = F.relu(self.fc2(x))
         return self.fc3(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sparsyfed": {"method": "sparsyfed", "overlap": False},
     "fedrts": {"method": "fedrts", "data__partition": "dirichlet"},
     "by speed": {**INT4, "balance": "speed"},
+    "side by side": {**INT4, "clients_at_once": 2},
     "bf16": {**INT4, "precision": "bf16", "upload__residual_values": "bf16", "upload__residual_memory": 0},
     "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological", "upload__values": "fp32"},
 }  # fmt: skip
@@ -94,7 +96,18 @@ def test_the_runs_are_worth_comparing(trained: dict[str, Path]) -> None:
 def test_the_exchange_changes_no_bit(trained: dict[str, Path], layout: str) -> None:
     folder = train_all(trained, layout)
     for base, others in (
-        ("int4", ["int4 sharded", "int4 node", "int4 auto", "int4 at once", "int4 sharded at once", "by speed"]),
+        (
+            "int4",
+            [
+                "int4 sharded",
+                "int4 node",
+                "int4 auto",
+                "int4 at once",
+                "int4 sharded at once",
+                "by speed",
+                "side by side",
+            ],
+        ),
         ("ef21", ["ef21 allgatherv"]),
     ):
         ours = runs.contents(runs.newest(folder / base))
@@ -103,6 +116,18 @@ def test_the_exchange_changes_no_bit(trained: dict[str, Path], layout: str) -> N
             differing = [name for name in ours if name != "config" and ours[name] != theirs[name]]
             assert not differing, (other, differing)
             assert ours["config"] != theirs["config"]
+
+
+def test_ranks_that_wait_are_told(trained: dict[str, Path]) -> None:
+    """One client a round: one of four ranks trains, three wait."""
+    run = train_all(trained, "4") / "one client"
+    lines = runs.lines(run)
+    for line in lines:
+        assert line["wait_seconds"] / 4 < line["idle_seconds"] <= line["wait_seconds"] <= line["round_seconds"]
+    waited, whole = (sum(line[name] for line in lines) for name in ("idle_seconds", "round_seconds"))
+    assert waited > 0.5 * sum(line["wait_seconds"] for line in lines)
+    # The last record's seconds end with the last checkpoint, which the summary's do too.
+    assert json.loads((run / "finished.json").read_text())["idle_share"] == pytest.approx(waited / whole)
 
 
 def test_whole_runs_over_two_nodes_change_no_bit(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -304,3 +304,31 @@ first = faults(); assert runtime.keep_big_blocks({}); faults(); print(first, fau
     done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after * 10 < before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_thread_keeps_big_blocks_where_it_shares_the_arena(shared: bool) -> None:
+    program = f"""
+from feddip_mpi import runtime
+assert not {shared} or runtime.share_one_arena({{}})
+assert runtime.keep_big_blocks({{}})
+import resource, threading, torch
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**25)  # 128 MB, written
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def work():
+    print(faults(), faults())
+thread = threading.Thread(target=work); thread.start(); thread.join()
+"""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True)
+    faults = int(done.stdout.split()[1])
+    assert (faults < 1000) == shared, faults
+
+
+def test_the_arena_is_left_alone_where_the_environment_says_something_else() -> None:
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+        assert not runtime.share_one_arena({name: "1"})
