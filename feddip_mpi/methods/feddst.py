@@ -100,16 +100,17 @@ class _Exchange(LocalHook):
 
     def __init__(self, config: Config, sizes: Sequence[int]) -> None:
         self._config, self._sizes = config, sizes
-        self._share, self._at = 0.0, 0
+        self._updates, self._share, self._at = False, 0.0, 0
 
     def begin_round(self, round: int, updates_mask: bool) -> None:
-        self._share = exchanged_share(self._config, round) if updates_mask else 0.0
+        self._updates = updates_mask
+        self._share = exchanged_share(self._config, round)
 
     def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:
         self._at = int(self._config.feddst.after * batches)
 
     def gradient(self, gradient: Tensor, weights: Tensor, active: Tensor, kept: Tensor, batch: int) -> None:
-        if not self._share or batch != self._at:
+        if not self._updates or batch != self._at:
             return
         size = kept.numel()
         new = exchanged(weights[:size], gradient[:size], kept > 0, self._sizes, self._share)
@@ -117,4 +118,5 @@ class _Exchange(LocalHook):
         weights[:size].mul_(kept)
 
     def end(self, weights: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
-        return (kept.clone(),) if self._share else ()
+        # An update that was put off may come when nothing is exchanged any more; the server asks for the masks all the same.
+        return (kept.clone(),) if self._updates else ()

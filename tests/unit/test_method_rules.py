@@ -274,7 +274,7 @@ def small_fedrts(**values: Any) -> tuple[Federation, Seen]:
     memories = {"alpha": torch.full((size,), 2.0), "beta": torch.full((size,), 3.0)}
     plan = dataclasses.replace(plan_round(built.config, 1), update_mask=True)
     assert fedrts.exchanged_share(built.config, 1) == pytest.approx(0.3 * (1 + math.cos(math.pi / 3)))  # 0.45
-    return built, Seen(plan, Support.of(old), value, (votes,), memories)
+    return built, Seen(plan, Support.of(old), value, (votes,), memories, value)
 
 
 def test_fedrts_learns_by_hand() -> None:

@@ -18,7 +18,7 @@ from feddip_mpi.federation import Federation
 from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning
 from feddip_mpi.saver import FolderSaver
-from feddip_mpi.schedules import plan_round
+from feddip_mpi.schedules import Control, plan_round
 
 DENSE = ("fedavg", "fedprox")
 OWN = f"{__name__}:Steady"
@@ -203,6 +203,22 @@ def test_nothing_of_a_client_lies_outside_the_masks(method: str) -> None:
         for client in plan.participants:
             if client in state.held and not plan.update_mask:
                 assert not state.held[client].values[~before].any()
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_mask_update_that_was_put_off_may_come_after_the_last(method: str) -> None:
+    """Adaptive control delays updates, so one may fall where a method's own schedule moves nothing any more.
+
+    SparsyFed has its own rounds of updates and none after the last; methods with one mask have none at all.
+    """
+    built = build(method)
+    state = rounds.initial_state(built)
+    for t in range(3):
+        rounds.play(built, state, plan_round(built.config, t))
+    due = plan_round(built.config, 3, control=Control(mask_due=True))
+    before = state.server.support.count
+    rounds.play(built, state, due)
+    assert 0 < state.server.support.count <= before
 
 
 @pytest.mark.parametrize("method", ["feddst", "sparsyfed"])
