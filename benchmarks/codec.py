@@ -24,7 +24,7 @@ import torch
 from feddip_mpi import codec, masks, residuals, runtime, values
 from feddip_mpi.aggregate import Sum
 from feddip_mpi.codec import SUPPORT, Message, Upload
-from feddip_mpi.config import UploadConfig
+from feddip_mpi.settings import UploadConfig
 from feddip_mpi.support import Support
 
 OTHER = 9354  # what AlexNet has besides its prunable weights

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from feddip_mpi import collectives, config, federation, masks, metrics, rounds, runtime
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import Config, DataConfig
 from feddip_mpi.data import Dataset
 from feddip_mpi.federation import Federation
 from feddip_mpi.schedules import plan_round
+from feddip_mpi.settings import Config, DataConfig
 from feddip_mpi.streams import stream
 
 WEIGHTS, FEATURES, CLIENTS, SAMPLES, ROUNDS, SEEDS = 256, 64, 10, 16, 60, (1, 2, 3)

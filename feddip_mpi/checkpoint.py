@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from feddip_mpi import __version__, config, hdf5, masks, metrics, runtime
-from feddip_mpi.config import Config
 from feddip_mpi.errors import DamagedFileError, InputError
 from feddip_mpi.hdf5 import Item, Reader
 from feddip_mpi.residuals import Residual
 from feddip_mpi.server import Server
+from feddip_mpi.settings import Config
 from feddip_mpi.vector import Layout
 
 FORMAT_VERSION = 1

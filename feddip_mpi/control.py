@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from feddip_mpi import methods
-from feddip_mpi.config import Config
 from feddip_mpi.metrics import Record
 from feddip_mpi.schedules import Control, last_mask_update, updates_mask
+from feddip_mpi.settings import Config
 
 # One step of the penalty's factor and how far it may go in all; steps are small because cuts are rare.
 _PENALTY_STEP, _PENALTY_LIMIT = 1.25, 4.0

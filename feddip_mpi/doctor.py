@@ -9,10 +9,10 @@ from typing import Any
 
 from feddip_mpi import config, probes, runtime, session
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.report import terminal
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.settings import Config
 from feddip_mpi.verdicts import FAIL, Verdict, differing, spans, verdicts
 
 Row = dict[str, Any]

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from feddip_mpi import data, generators, methods, models
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import Config
 from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.local import DeviceData, LocalTrainer
 from feddip_mpi.methods.base import Method
+from feddip_mpi.settings import Config
 from feddip_mpi.trainers import Trainers
 from feddip_mpi.vector import BoundModel, Layout, flatten
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from feddip_mpi import data, federation, masks, methods
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError
+from feddip_mpi.settings import Config
 from feddip_mpi.vector import flatten
 
 Json = dict[str, Any]

@@ -16,9 +16,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from feddip_mpi.config import UploadConfig
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.residuals import Residual
+from feddip_mpi.settings import UploadConfig
 
 
 class _Entry:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feddip_mpi.config import UploadConfig
+from feddip_mpi.settings import UploadConfig
 from feddip_mpi.support import Support
 
 

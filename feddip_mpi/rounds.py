@@ -30,7 +30,6 @@ from feddip_mpi import (
 from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import Config, UploadConfig
 from feddip_mpi.errors import Abandoned, FeddipError, InputError, NumericalError, PeerError, RankLost
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
@@ -41,6 +40,7 @@ from feddip_mpi.residuals import Residual
 from feddip_mpi.runtime import log
 from feddip_mpi.schedules import RoundPlan, plan_round
 from feddip_mpi.server import Server
+from feddip_mpi.settings import Config, UploadConfig
 from feddip_mpi.support import Support
 
 

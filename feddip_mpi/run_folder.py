@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from feddip_mpi import config, hdf5
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
 from feddip_mpi.runtime import log
+from feddip_mpi.settings import Config
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import Config
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 from feddip_mpi import methods
-from feddip_mpi.config import PUBLISHED_PENALTY, Config, PenaltyConfig, SparsityConfig
+from feddip_mpi.settings import PUBLISHED_PENALTY, Config, PenaltyConfig, SparsityConfig
 from feddip_mpi.streams import stream
 
 

@@ -32,7 +32,6 @@ from feddip_mpi import (
 )
 from feddip_mpi.checkpoint import Loaded
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, InputError, RankLost, Stopped
 from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
@@ -43,6 +42,7 @@ from feddip_mpi.rounds import State
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
 from feddip_mpi.saver import FolderSaver
+from feddip_mpi.settings import Config
 
 T = TypeVar("T")
 

@@ -22,10 +22,10 @@ from types import FrameType
 from typing import Any
 
 from feddip_mpi import config, costs, hdf5, metrics, runtime, scaling
-from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, InputError, Stopped
 from feddip_mpi.report import terminal
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.settings import Config
 
 Json = dict[str, Any]
 

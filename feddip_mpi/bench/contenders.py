@@ -18,9 +18,9 @@ from feddip_mpi.bench.inputs import Inputs
 from feddip_mpi.bench.options import DENSE, PAIRS, Options
 from feddip_mpi.codec import Bytes, Message
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.config import UploadConfig
 from feddip_mpi.costs import Load
 from feddip_mpi.exchange import Exchange, Outcome, Task, framed_sum
+from feddip_mpi.settings import UploadConfig
 from feddip_mpi.support import Support
 
 _SHORT_FRAMES = 16

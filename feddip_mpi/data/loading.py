@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from feddip_mpi import own_code
-from feddip_mpi.config import DataConfig
 from feddip_mpi.data import cifar, download, idx, own_arrays, places, synthetic
 from feddip_mpi.data.catalog import KNOWN, Known
 from feddip_mpi.data.dataset import Dataset, check, check_label_range
 from feddip_mpi.errors import FeddipError, InputError
+from feddip_mpi.settings import DataConfig
 
 NAMES = (*KNOWN, "npz", "hdf5", "synthetic")
 _IDX_SHAPE = (28, 28)

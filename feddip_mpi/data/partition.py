@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from feddip_mpi.config import DataConfig
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import DataConfig
 from feddip_mpi.streams import stream
 
 _REDRAWS = 20

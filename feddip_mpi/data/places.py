@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from feddip_mpi.config import DataConfig
 from feddip_mpi.data.catalog import KNOWN, Known
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import DataConfig
 
 ENVIRONMENT_KEY = "FEDDIP_DATA"
 _USUAL_PLACES = (".data", "data", "~/.cache/feddip-mpi", "/usr/share/datasets")

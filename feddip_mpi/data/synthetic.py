@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from feddip_mpi.config import SyntheticConfig
 from feddip_mpi.data.dataset import Dataset, channel_statistics
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import SyntheticConfig
 from feddip_mpi.streams import stream
 
 _CELLS = 4  # a pattern has at most 4 x 4 cells, so that it survives pooling and cropping

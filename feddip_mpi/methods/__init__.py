@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from feddip_mpi import own_code
-from feddip_mpi.config import METHODS, Config
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import METHODS, Config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ assert tuple(_CLASSES) == METHODS
 
 
 def named(name: str) -> type[Method]:
-    """The class of a method: one of `config.METHODS`, or an import path `package.module:name`.
+    """The class of a method: one of `settings.METHODS`, or an import path `package.module:name`.
 
     Raises:
         InputError: the import path does not give a subclass of `methods.base.Method`.

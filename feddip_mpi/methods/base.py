@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from feddip_mpi import masks, server
 from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import Upload
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
 from feddip_mpi.local import LocalHook, LocalRule, LocalTrainer
 from feddip_mpi.schedules import RoundPlan, participants
 from feddip_mpi.server import Server, StepReport
+from feddip_mpi.settings import Config
 from feddip_mpi.streams import stream
 from feddip_mpi.support import Support
 from feddip_mpi.vector import BoundModel, Layout

@@ -4,42 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import cos, pi
 
 import torch
 from torch import Tensor
 
 from feddip_mpi import masks
 from feddip_mpi.codec import Upload
-from feddip_mpi.config import Config
 from feddip_mpi.local import LocalHook
-from feddip_mpi.methods.base import Method, Seen
-from feddip_mpi.schedules import RoundPlan, last_mask_update
+from feddip_mpi.methods.base import Seen
+from feddip_mpi.methods.exchanging import Exchanging
+from feddip_mpi.schedules import RoundPlan
+from feddip_mpi.settings import Config
 from feddip_mpi.vector import BoundModel
 
 
-class FedDST(Method):
+class FedDST(Exchanging):
     """Sparse from the start with ERK densities; masks move in rounds that update the mask."""
 
     summary = "starts from a random ERK mask, clients drop by magnitude and grow by gradient, the server merges"
     any_residual = False
 
     @classmethod
-    def plan(cls, config: Config, draft: RoundPlan) -> RoundPlan:
-        """A client sends what it has grown as coordinates from outside the mask."""
-        plan = super().plan(config, draft)
-        grown = exchanged_share(config, plan.round) if plan.update_mask and config.upload.mode == "masked" else 0.0
-        return replace(plan, sparsity=config.sparsity.final, regrow=grown)
-
-    @classmethod
-    def first_sparsity(cls, config: Config) -> float:
-        return config.sparsity.final
-
-    def opening(self) -> None:
-        return None
-
-    def start(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return weights, self.first_mask("erk", weights[: self.layout.prunable], opened)
+    def first_share(cls, config: Config) -> float:
+        return config.feddst.drop
 
     def hook(self, bound: BoundModel) -> LocalHook:
         return _Exchange(self.config, self.layout.prunable_sizes)
@@ -62,15 +49,7 @@ class FedDST(Method):
         """The largest of each layer, as many as it had, among the weights that a client kept."""
         votes = seen.extras[0]
         magnitude = seen.value[: votes.numel()].abs().masked_fill_(votes <= 0, -1.0)
-        sizes = list(self.layout.prunable_sizes)
-        layers = zip(magnitude.split(sizes), seen.old.mask.split(sizes), strict=True)
-        return torch.cat([masks.select_largest(layer, int(old.sum())) for layer, old in layers])
-
-
-def exchanged_share(config: Config, t: int) -> float:
-    """alpha_t = (alpha / 2) (1 + cos(pi t / H)), H the last mask update."""
-    horizon = last_mask_update(config.rounds, config.mask.freeze_after)
-    return config.feddst.drop / 2 * (1 + cos(pi * min(1.0, t / horizon)))
+        return self.largest_of_each_layer(magnitude, seen.old.mask)
 
 
 def exchanged(weights: Tensor, gradient: Tensor, kept: Tensor, sizes: Sequence[int], share: float) -> Tensor:
@@ -104,7 +83,7 @@ class _Exchange(LocalHook):
 
     def begin_round(self, round: int, updates_mask: bool) -> None:
         self._updates = updates_mask
-        self._share = exchanged_share(self._config, round)
+        self._share = FedDST.exchanged_share(self._config, round)
 
     def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:
         self._at = int(self._config.feddst.after * batches)

@@ -4,43 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import cos, pi
 
 import torch
 from torch import Tensor
 
 from feddip_mpi import masks
 from feddip_mpi.codec import Upload
-from feddip_mpi.config import Config
 from feddip_mpi.local import LocalHook
-from feddip_mpi.methods.base import Method, Seen
+from feddip_mpi.methods.base import Seen
+from feddip_mpi.methods.exchanging import Exchanging
 from feddip_mpi.schedules import RoundPlan, last_mask_update
+from feddip_mpi.settings import Config
 from feddip_mpi.streams import stream
 from feddip_mpi.vector import BoundModel
 
 
-class FedRTS(Method):
+class FedRTS(Exchanging):
     """Sparse from the start with ERK densities; the server draws masks by Thompson sampling."""
 
     summary = "starts from a random ERK mask; clients vote on weights, the server draws masks by Thompson sampling"
     names_only = True
 
     @classmethod
-    def plan(cls, config: Config, draft: RoundPlan) -> RoundPlan:
-        """A client names as many weights outside the mask as may be exchanged."""
-        plan = super().plan(config, draft)
-        named = exchanged_share(config, plan.round) if plan.update_mask and config.upload.mode == "masked" else 0.0
-        return replace(plan, sparsity=config.sparsity.final, regrow=named)
-
-    @classmethod
-    def first_sparsity(cls, config: Config) -> float:
-        return config.sparsity.final
-
-    def opening(self) -> None:
-        return None
-
-    def start(self, weights: Tensor, opened: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return weights, self.first_mask("erk", weights[: self.layout.prunable], opened)
+    def first_share(cls, config: Config) -> float:
+        return config.fedrts.adjust
 
     def first_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Nothing is known: Beta(1, 1) is the uniform distribution."""
@@ -61,9 +48,7 @@ class FedRTS(Method):
         # Drawn by numpy on the host: the same numbers on every rank, whatever its device.
         drawn = stream(self.config.seed, "thompson sampling", seen.plan.round).beta(alpha, beta)
         samples = torch.from_numpy(drawn).to(seen.value.device)
-        sizes = list(self.layout.prunable_sizes)
-        layers = zip(samples.split(sizes), seen.old.mask.split(sizes), strict=True)
-        return torch.cat([masks.select_largest(layer, int(old.sum())) for layer, old in layers])
+        return self.largest_of_each_layer(samples, seen.old.mask)
 
     def remember(self, seen: Seen, mask: Tensor) -> dict[str, Tensor]:
         if not observed(self.config, seen.plan.round, seen.plan.update_mask):
@@ -74,18 +59,12 @@ class FedRTS(Method):
     def _posterior(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """alpha and beta float32 [P] after the round's votes."""
         rule, old = self.config.fedrts, seen.old.mask
-        share = exchanged_share(self.config, seen.plan.round)
+        share = self.exchanged_share(self.config, seen.plan.round)
         own = core(seen.value[: old.numel()], old, self.layout.prunable_sizes, share)
         outcome = outcomes(seen.extras[0], own, old, rule.mix)
         # In other rounds nobody names what is outside the mask, and nothing is learnt of it.
         weight = rule.scale if seen.plan.update_mask else old * rule.scale
         return seen.memories["alpha"] + weight * outcome, seen.memories["beta"] + weight * (1 - outcome)
-
-
-def exchanged_share(config: Config, t: int) -> float:
-    """alpha_t = (alpha / 2) (1 + cos(pi t / H)), H the last mask update."""
-    horizon = last_mask_update(config.rounds, config.mask.freeze_after)
-    return config.fedrts.adjust / 2 * (1 + cos(pi * min(1.0, t / horizon)))
 
 
 def observed(config: Config, t: int, update_mask: bool) -> bool:
@@ -144,7 +123,7 @@ class _Votes(LocalHook):
         self._share, self._votes, self._wants, self._first = 0.0, False, False, 0
 
     def begin_round(self, round: int, updates_mask: bool) -> None:
-        self._share = exchanged_share(self._config, round)
+        self._share = FedRTS.exchanged_share(self._config, round)
         self._votes, self._wants = observed(self._config, round, updates_mask), updates_mask
 
     def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from feddip_mpi import masks, server
 from feddip_mpi.codec import Upload
-from feddip_mpi.config import Config
 from feddip_mpi.local import LocalHook, LocalTrainer
 from feddip_mpi.methods.base import Method, Opening, Seen
 from feddip_mpi.models import work
 from feddip_mpi.schedules import RoundPlan
+from feddip_mpi.settings import Config
 from feddip_mpi.streams import stream
 from feddip_mpi.vector import BoundModel, Layout
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from feddip_mpi import masks
-from feddip_mpi.config import Config
 from feddip_mpi.local import LocalHook
 from feddip_mpi.methods import channels
 from feddip_mpi.methods.base import Method, Seen
 from feddip_mpi.models import work
+from feddip_mpi.settings import Config
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
 

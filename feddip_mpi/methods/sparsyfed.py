@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from feddip_mpi import masks
 from feddip_mpi.codec import Upload
-from feddip_mpi.config import Config
 from feddip_mpi.local import LocalHook
 from feddip_mpi.methods.base import Method, Seen
 from feddip_mpi.schedules import RoundPlan, last_mask_update, sparsity
+from feddip_mpi.settings import Config
 from feddip_mpi.streams import torch_seed
 from feddip_mpi.vector import BoundModel, Layout
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from feddip_mpi import data
-from feddip_mpi.config import Config, DataConfig
 from feddip_mpi.data import Dataset, partition
 from feddip_mpi.data.catalog import KNOWN
 from feddip_mpi.report import terminal
+from feddip_mpi.settings import Config, DataConfig
 
 _MOST_CLIENTS = 20
 _MOST_CLASSES = 12  # columns of counts that fit 80 characters

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from feddip_mpi import codec, data, federation, masks, methods
-from feddip_mpi.config import Config
 from feddip_mpi.methods.base import Opening
 from feddip_mpi.report import terminal
 from feddip_mpi.schedules import plan_round
+from feddip_mpi.settings import Config
 from feddip_mpi.vector import Layout
 
 Row = dict[str, Any]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from feddip_mpi import config, metrics, run_folder
-from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.settings import Config
 
 Row = Mapping[str, Any]
 

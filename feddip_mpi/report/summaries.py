@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from feddip_mpi import config
-from feddip_mpi.config import Config
 from feddip_mpi.report.runs import Hardware, Run, identity
+from feddip_mpi.settings import Config
 
 # Keys that make a setting: only within one are methods compared.
 _SETTING_KEYS = (

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feddip_mpi import config, run_folder
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import terminal
 from feddip_mpi.report.summaries import PHASES
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.settings import Config
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from feddip_mpi import config
-from feddip_mpi.config import Config
 from feddip_mpi.errors import FeddipError, InputError, Stopped
 from feddip_mpi.report import terminal
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.settings import Config
 from feddip_mpi.sweep import estimate, grid, runner, slurm, states
 from feddip_mpi.sweep.estimate import Estimate, Pace
 from feddip_mpi.sweep.grid import Cell

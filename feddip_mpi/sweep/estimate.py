@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feddip_mpi.config import Config
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.settings import Config
 from feddip_mpi.sweep import states
 from feddip_mpi.sweep.grid import Cell
 from feddip_mpi.sweep.states import State

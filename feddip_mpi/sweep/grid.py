@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from feddip_mpi import config
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import Config
 
 _KEYS = ("base", "set", "grid", "exclude", "also")
 _SHORT = {"sparsity.final": "sparsity"}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feddip_mpi import config, metrics, run_folder
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.settings import Config
 from feddip_mpi.sweep.grid import Cell
 
 NEW, UNFINISHED, FINISHED, BUSY, REFUSED = "new", "unfinished", "finished", "busy", "refused"

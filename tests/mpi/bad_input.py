@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from feddip_mpi import checkpoint, config, hdf5
+from feddip_mpi.settings import MaskConfig
 
 INPUT, DAMAGED = 2, 3
 
@@ -126,7 +127,7 @@ def _rules(empty: Path, folder: Path) -> Iterator[Case]:
         (["round=3"], ["round: unknown key", "did you mean"]),
         (["sparsity.finale=0.9"], ["sparsity.finale: unknown key", "did you mean 'sparsity.final'"]),
         (["final=0.9"], ["final: unknown key", "'sparsity.final'"]),
-        (["mask=erk"], ["mask: got 'erk'", "section", ", ".join(config.MaskConfig.model_fields)]),
+        (["mask=erk"], ["mask: got 'erk'", "section", ", ".join(MaskConfig.model_fields)]),
         (["mask.every.often=3"], ["mask.every: got {'often': 3}"]),
         (["mask.every=2", "mask.every.often=3"], ["'every' holds the value 2, not a section"]),
         (["rounds"], ["--set 'rounds'", "expected KEY=VALUE"]),

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from feddip_mpi import config
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import Config
 
 PUBLIC_KEYS = [
     "seed", "rounds", "clients", "participants", "local_epochs", "batch_size", "learning_rate", "learning_rate_decay",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from feddip_mpi import config, models
+from feddip_mpi import config, models, settings
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
@@ -52,7 +52,7 @@ def test_fedavg_differs_from_the_published_setting_in_the_method_alone() -> None
 def test_the_methods_differ_in_the_method_alone() -> None:
     """Every method once; what all share is equal, and so is what they are compared at."""
     loaded = {file.stem: config.to_dict(config.load(file)) for file in METHODS}
-    assert set(loaded) == {*config.METHODS, "feddip-published"}
+    assert set(loaded) == {*settings.METHODS, "feddip-published"}
     for name, values in loaded.items():
         assert values["method"] == name.removesuffix("-published")
         assert values["upload"]["values"] == "fp32" and values["sparsity"] == loaded["feddip"]["sparsity"]

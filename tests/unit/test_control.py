@@ -8,8 +8,8 @@ import pytest
 
 from feddip_mpi import config as configs
 from feddip_mpi import control
-from feddip_mpi.config import Config
 from feddip_mpi.schedules import NO_CONTROL, Control, plan_round
+from feddip_mpi.settings import Config
 
 
 def settings(**keys: Any) -> Config:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from feddip_mpi import data
-from feddip_mpi.config import DataConfig
 from feddip_mpi.data import catalog, download, places
 from feddip_mpi.data.catalog import KNOWN, Remote
 from feddip_mpi.errors import InputError, NumericalError
+from feddip_mpi.settings import DataConfig
 
 IDX_SHAPES = ((3, 28, 28), (3,), (2, 28, 28), (2,))
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feddip_mpi.config import DataConfig
 from feddip_mpi.data import partition
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import DataConfig
 
 RULES = ("iid", "dirichlet", "pathological", "quantity")
 

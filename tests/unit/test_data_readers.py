@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from feddip_mpi import data
-from feddip_mpi.config import DataConfig
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import DataConfig
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

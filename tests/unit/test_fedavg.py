@@ -11,11 +11,11 @@ from alone import Alone
 from torch import Tensor, nn
 
 from feddip_mpi import checkpoint, config, federation, masks, rounds, run_folder
-from feddip_mpi.config import Config
 from feddip_mpi.errors import NumericalError
 from feddip_mpi.federation import Federation
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
+from feddip_mpi.settings import Config
 from feddip_mpi.streams import stream
 
 

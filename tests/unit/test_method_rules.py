@@ -13,7 +13,7 @@ from alone import Alone
 from test_methods import Net, build, play, settings
 from torch import Tensor, nn
 
-from feddip_mpi import codec, config, federation, masks, models, rounds, server
+from feddip_mpi import codec, federation, masks, models, rounds, server
 from feddip_mpi.errors import InputError
 from feddip_mpi.federation import Federation
 from feddip_mpi.methods import channels, feddst, fedrts, prunefl, prunetrain, sparsyfed
@@ -21,6 +21,7 @@ from feddip_mpi.methods.base import Seen
 from feddip_mpi.models import work
 from feddip_mpi.report import terminal
 from feddip_mpi.schedules import plan_round, sparsity
+from feddip_mpi.settings import PruneFLConfig
 from feddip_mpi.streams import stream
 from feddip_mpi.support import Support
 from feddip_mpi.vector import flatten
@@ -167,7 +168,7 @@ def test_feddst_exchanges_by_hand() -> None:
 
 def test_feddst_alpha_falls_as_a_cosine() -> None:
     chosen = settings("feddst", rounds=100, mask={"every": 5, "freeze_after": 0.8}, feddst={"drop": 0.4})
-    shares = [feddst.exchanged_share(chosen, t) for t in (0, 40, 80, 99)]
+    shares = [feddst.FedDST.exchanged_share(chosen, t) for t in (0, 40, 80, 99)]
     assert shares == pytest.approx([0.4, 0.2, 0.0, 0.0], abs=1e-12)
     assert shares[2] == 0.2 * (1 + math.cos(math.pi))
 
@@ -273,7 +274,7 @@ def small_fedrts(**values: Any) -> tuple[Federation, Seen]:
     votes[:6] = torch.tensor([1.0, 0.75, 0.25, 0.0, 0.5, 0.0])
     memories = {"alpha": torch.full((size,), 2.0), "beta": torch.full((size,), 3.0)}
     plan = dataclasses.replace(plan_round(built.config, 1), update_mask=True)
-    assert fedrts.exchanged_share(built.config, 1) == pytest.approx(0.3 * (1 + math.cos(math.pi / 3)))  # 0.45
+    assert fedrts.FedRTS.exchanged_share(built.config, 1) == pytest.approx(0.3 * (1 + math.cos(math.pi / 3)))  # 0.45
     return built, Seen(plan, Support.of(old), value, (votes,), memories, value)
 
 
@@ -396,7 +397,7 @@ def test_prunefl_costs_by_hand() -> None:
 def test_prunefl_costs_are_near_the_authors_measured_ones() -> None:
     """Seconds per weight of their table for Conv-2 on FEMNIST: 5.56e-6 for sending, 5 local steps of so much each."""
     measured = [5.56e-6 + 5 * step for step in (0, 7.10e-6, 1.93e-7)]
-    found = prunefl.costs([0, 196, 1], [1, 1, 1], config.PruneFLConfig().computing)
+    found = prunefl.costs([0, 196, 1], [1, 1, 1], PruneFLConfig().computing)
     for one in (1, 2):
         assert float(found[one] / found[0]) == pytest.approx(measured[one] / measured[0], rel=0.2)
 

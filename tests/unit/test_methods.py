@@ -12,17 +12,17 @@ from together import together
 from torch import Tensor, nn
 
 from feddip_mpi import checkpoint, codec, config, federation, masks, methods, rounds, run_folder, session
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.federation import Federation
 from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import Control, plan_round
+from feddip_mpi.settings import METHODS, Config
 
 DENSE = ("fedavg", "fedprox")
 OWN = f"{__name__}:Steady"
-ALL = (*config.METHODS, OWN)
+ALL = (*METHODS, OWN)
 
 # The worked example of "Add your own method", as it stands there: a class `Steady` with a memory of its own.
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -314,4 +314,4 @@ def test_what_a_method_of_ones_own_does_wrong_is_said(thing: str, monkeypatch: p
 def test_every_method_says_what_it_does() -> None:
     for name in ALL:
         assert 10 < len(methods.named(name).summary) < 100
-    assert {methods.named(name) for name in config.METHODS} == {type(build(name).method) for name in config.METHODS}
+    assert {methods.named(name) for name in METHODS} == {type(build(name).method) for name in METHODS}

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feddip_mpi import config, session
-from feddip_mpi.config import UploadConfig
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual, remember
+from feddip_mpi.settings import UploadConfig
 from feddip_mpi.support import Support
 
 SIZE = 100

@@ -12,8 +12,8 @@ from torch import Tensor
 from feddip_mpi import codec
 from feddip_mpi.aggregate import Sum
 from feddip_mpi.codec import REGROW, SUPPORT, Upload
-from feddip_mpi.config import UploadConfig
 from feddip_mpi.residuals import Residual, recall, remember
+from feddip_mpi.settings import UploadConfig
 from feddip_mpi.support import Support
 
 POLICIES = ("keep", "decay", "in_mask_only", "drop", "ef21")

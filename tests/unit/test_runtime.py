@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from feddip_mpi import runtime
-from feddip_mpi.config import Config
 from feddip_mpi.errors import InputError
+from feddip_mpi.settings import Config
 
 STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feddip_mpi.config import Config, PenaltyConfig, SparsityConfig, validate
+from feddip_mpi.config import validate
 from feddip_mpi.errors import InputError
 from feddip_mpi.schedules import RoundPlan, last_mask_update, learning_rate, participants, penalty, plan_round, sparsity
+from feddip_mpi.settings import Config, PenaltyConfig, SparsityConfig
 
 
 def config(**values: object) -> Config:

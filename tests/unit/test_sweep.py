@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from feddip_mpi import config
+from feddip_mpi import config, settings
 from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.sweep import command, estimate, grid, runner, slurm, states
@@ -128,7 +128,7 @@ def test_the_grids_are_good() -> None:
         made = grid.load(file)
         assert len({cell.name for cell in made}) == len(made)
     study = {cell.name: cell.config for cell in grid.load(ROOT / "configs" / "study" / "fashion-mnist.yaml")}
-    assert {c.method for c in study.values()} == set(config.METHODS)
+    assert {c.method for c in study.values()} == set(settings.METHODS)
     assert {c.seed for c in study.values()} == {1, 2, 3} and {c.rounds for c in study.values()} == {100}
     assert {c.sparsity.final for c in study.values() if c.method == "feddip"} == {0.8, 0.9, 0.95, 0.98, 0.99}
     assert len(study) == 4 * 3 * (2 + 12 * 5)  # partitions, seeds, dense methods and the others at five sparsities

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from feddip_mpi import checkpoint, codec
-from feddip_mpi.config import DataConfig
 from feddip_mpi.data import Dataset, synthetic
 from feddip_mpi.errors import PeerError
+from feddip_mpi.settings import DataConfig
 
 
 class Normalised(nn.Module):
