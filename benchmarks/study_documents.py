@@ -86,7 +86,7 @@ def source(found: Found) -> str:
     """Seeds, hardware, versions and how much of the grid there is, in one paragraph."""
     seeds = sorted({run.config.seed for run in found.runs})
     cells = len(found.runs)
-    left = f"; {len(found.left_out)} more were unfinished" if found.left_out else ""
+    left = f" (not counted: {len(found.left_out)} unfinished)" if found.left_out else ""
     several = "means of the seeds (lowest to highest), " if len(seeds) > 1 else ""
     counted = f"{several}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {cells} runs{left}"
     kinds = "; ".join(sorted({str(run.hardware) for run in found.runs}))

@@ -273,9 +273,7 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
     def check() -> list[Any]:
         assert loaded is not None
         check_same(built, loaded)
-        left = list(
-            checkpoint.residual_rounds(loaded.path).items()
-        )  # themselves they are read when they are handed out
+        left = list(checkpoint.residual_rounds(loaded.path).items())  # who has one; read when they are handed out
         return [loaded.server.round, left, loaded.created]
 
     done, left, created = on_root(comm, check)

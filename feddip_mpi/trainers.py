@@ -85,10 +85,8 @@ class Trainers:
                 with _on(stream, own_stream):
                     result = train(trainer, client, stop.is_set, False)
                 if own_stream is not None:
-                    for vector in (
-                        result.update,
-                        *result.extras,
-                    ):  # freed by this thread's stream not before that one is done
+                    # This thread's stream frees them not before that one is done with them.
+                    for vector in (result.update, *result.extras):
                         vector.record_stream(own_stream)
                 return result
             finally:

@@ -34,7 +34,7 @@ _KNOWN = {
     "fedavg": (DENSE_GREY, "o"), "fedprox": ("#B9B9B9", "s"), "feddip": (BLUE, "o"), "feddip-int4": (VERMILION, "D"),
     "feddip-published": ("#56B4E9", "^"), "gradual": (GREEN, "s"), "ssfl": ("#E69F00", "P"), "snip": ("#CC79A7", "v"),
     "feddst": ("#5D3A9B", "X"), "erk": ("#8C564B", "*"), "prunetrain": ("#000000", "<"), "prunefl": ("#7F7F00", ">"),
-    "sparsyfed": ("#882255", "h"),
+    "sparsyfed": ("#882255", "h"), "fedrts": ("#44AA99", "p"),
 }  # fmt: skip
 _COLOURS = (
     BLUE,

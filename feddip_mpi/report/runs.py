@@ -16,6 +16,7 @@ from feddip_mpi import config, metrics, run_folder
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
+from feddip_mpi.sweep import labels
 
 Row = Mapping[str, Any]
 
@@ -217,11 +218,7 @@ def _hardware(folder: RunFolder, records: Sequence[Row], summary: Row) -> Hardwa
 
 def _label(path: Path, settings: Config) -> str:
     """The sweep's label of the method, where a sweep made the run."""
-    try:
-        labels = json.loads(path.parent.joinpath("_sweep", "cells.json").read_text(encoding="utf-8"))
-        return str(labels[path.name]["method"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return settings.method
+    return labels.read(path.parent).get(path.name, {}).get("method", settings.method)
 
 
 def _partition(folder: RunFolder, settings: Config, known: dict[str, Partition]) -> Partition:

@@ -44,6 +44,7 @@ PHASES = (
 _NAMES = {
     "fedavg": "FedAvg", "fedprox": "FedProx", "feddip": "FedDIP", "erk": "ERK", "gradual": "Gradual", "snip": "SNIP",
     "ssfl": "SSFL", "feddst": "FedDST", "prunefl": "PruneFL", "prunetrain": "PruneTrain", "sparsyfed": "SparsyFed",
+    "fedrts": "FedRTS",
 }  # fmt: skip
 
 

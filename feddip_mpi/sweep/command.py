@@ -15,7 +15,7 @@ from feddip_mpi.errors import FeddipError, InputError, Stopped
 from feddip_mpi.report import terminal
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
-from feddip_mpi.sweep import estimate, grid, runner, slurm, states
+from feddip_mpi.sweep import estimate, grid, labels, runner, slurm, states
 from feddip_mpi.sweep.estimate import Estimate, Pace
 from feddip_mpi.sweep.grid import Cell
 from feddip_mpi.sweep.states import State
@@ -73,7 +73,7 @@ def _run(left: Sequence[Cell], out: Path, commands: runner.Commands, jobs: int) 
     for outcome in unfinished:
         table.add_row(outcome.name, outcome.kind, outcome.error)
     terminal.print_tables("Not finished", table)
-    message = f"{len(unfinished)} of {len(left)} cells are not finished, see above and {out / runner.BESIDE}/CELL.log"
+    message = f"{len(unfinished)} of {len(left)} cells are not finished, see above and {out / labels.BESIDE}/CELL.log"
     if any(outcome.kind == "failed" for outcome in unfinished):
         raise FeddipError(f"{message}; the same command tries them again")
     raise Stopped(f"{message}; the same command goes on")
@@ -81,7 +81,7 @@ def _run(left: Sequence[Cell], out: Path, commands: runner.Commands, jobs: int) 
 
 def _prepare(cells: Sequence[Cell], out: Path) -> None:
     try:
-        runner.write_labels(cells, out)
+        labels.write({cell.name: cell.labels for cell in cells}, out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error}); name a folder you may write to") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,9 +17,8 @@ from feddip_mpi.errors import Stopped
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.sweep import states
 from feddip_mpi.sweep.grid import Cell
+from feddip_mpi.sweep.labels import BESIDE
 
-BESIDE = "_sweep"  # folder of the sweep's own files; no cell has such a name
-LABELS = "cells.json"
 _TRIES_SECONDS = 0.1
 
 
@@ -111,13 +109,6 @@ def write_config(cell: Cell, out: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     hdf5.write_text(path, config.to_yaml(cell.config))
     return path
-
-
-def write_labels(cells: Sequence[Cell], out: Path) -> None:
-    """What the grid calls its cells, for the report; beside the run folders, which know nothing of it."""
-    path = out / BESIDE / LABELS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hdf5.write_text(path, json.dumps({cell.name: dict(cell.labels) for cell in cells}, indent=1) + "\n")
 
 
 def run(

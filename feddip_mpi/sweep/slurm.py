@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from feddip_mpi import hdf5
-from feddip_mpi.sweep import runner
+from feddip_mpi.sweep import labels, runner
 from feddip_mpi.sweep.grid import Cell
 
 _SCRIPT = """\
@@ -71,15 +71,15 @@ def write(cells: Sequence[Cell], out: Path) -> Path:
     """
     for cell in cells:
         runner.write_config(cell, out)
-    path = out / runner.BESIDE / "array.sh"
+    path = out / labels.BESIDE / "array.sh"
     array = f"0-{len(cells) - 1}"
     places = {
         "SCRIPT": shlex.quote(str(path)),
         "ARRAY": array,
-        "LOGS": str(out / runner.BESIDE).replace("%", "%%"),
+        "LOGS": str(out / labels.BESIDE).replace("%", "%%"),
         "RUNS": shlex.quote(str(out)),
         "CELLS": "\n".join(f"    {shlex.quote(cell.name)}" for cell in cells),
-        "BESIDE": runner.BESIDE,
+        "BESIDE": labels.BESIDE,
     }
     text = _SCRIPT
     for name, value in places.items():

@@ -15,7 +15,7 @@ import pytest
 from feddip_mpi import config, settings
 from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.run_folder import Lock, RunFolder
-from feddip_mpi.sweep import command, estimate, grid, runner, slurm, states
+from feddip_mpi.sweep import command, estimate, grid, labels, runner, slurm, states
 from feddip_mpi.sweep.grid import Cell
 from feddip_mpi.sweep.states import State
 
@@ -362,3 +362,19 @@ def test_the_batch_script_is_sound(tmp_path: Path) -> None:
     if shutil.which("shellcheck"):
         checked = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, timeout=60)
         assert checked.returncode == 0, checked.stdout
+
+
+def test_two_grids_may_share_a_folder(tmp_path: Path) -> None:
+    """A second grid does not take away what the first calls its cells: the report told them apart by it."""
+    labels.write({"seed-1": {"method": "published"}, "seed-2": {"method": "published"}}, tmp_path)
+    labels.write({"seed-2": {"method": "plain"}, "seed-3": {"method": "plain"}}, tmp_path)
+    assert {name: own["method"] for name, own in labels.read(tmp_path).items()} == {
+        "seed-1": "published", "seed-2": "plain", "seed-3": "plain",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"seed-1": 3}'])
+def test_labels_that_cannot_be_read_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "_sweep").mkdir()
+    (tmp_path / "_sweep" / "cells.json").write_text(text)
+    assert labels.read(tmp_path) == {}
