@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -334,6 +334,9 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
     if comm.any(stop.requested):
         comm.check(_stopped_before(state.server.round, run))
     progress = terminal.progress(built, folder.path) if comm.rank == 0 else None
+    full = set(built.layout.prunable_names)
+    if history:
+        full -= set(emptied(history[-1], full))
 
     def report(record: Record) -> None:
         if progress is not None:
@@ -344,6 +347,9 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
             if record["mask_delayed"] or (record["penalty_scale"], record["regrow_scale"]) != (1.0, 1.0):
                 chosen = {name: record[name] for name in ("mask_delayed", "penalty_scale", "regrow_scale")}
                 log.info("adaptive control in round %d: %s", record["round"], chosen)
+            for layer in emptied(record, full):
+                full.discard(layer)
+                log.warning(_EMPTIED, record["round"], layer)
 
     watchdog, life = _watched(built, run)
     try:
@@ -366,6 +372,17 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
     for fault in run.faults:
         fault.enter("finish", state.server.round - 1)
     _finish(built, folder, state, history)
+
+
+_EMPTIED = (
+    "round %d: no weight of %s is left; where no shortcut goes round it, the output no longer depends on the image. Cut later or "
+    "less, when weights have grown from their initial values (sparsity.*, mask.*), or name the layer in model.keep_dense"
+)
+
+
+def emptied(record: Record, layers: Collection[str]) -> list[str]:
+    """Those of some layers of which a round left nothing."""
+    return [name for name, share in record["sparsity_by_layer"].items() if name in layers and share == 1.0]
 
 
 def _watched(built: Federation, run: Run) -> tuple[runtime.Watchdog, rounds.Life]:

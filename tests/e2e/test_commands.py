@@ -59,6 +59,22 @@ def test_help_needs_neither_mpi_nor_torch() -> None:
     assert "..." not in listed  # nothing cut off at 80 columns
 
 
+@pytest.mark.parametrize("final", [0.9999, 0.8])
+def test_a_layer_of_which_nothing_is_left_is_said_once(
+    final: float, feddip: Command, tiny_config: Path, tmp_path: Path
+) -> None:
+    words = settings(f"sparsity.final={final}")
+    done = feddip("train", str(tiny_config), *words, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    shares = records(tmp_path / "run")[-1]["sparsity_by_layer"]
+    emptied = [name for name, share in shares.items() if share == 1.0]
+    assert bool(emptied) == (final == 0.9999)
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert {name: log.count(f"no weight of {name} is left") for name in shares} == {
+        name: int(name in emptied) for name in shares
+    }
+
+
 # inspect
 
 
