@@ -68,6 +68,7 @@ def step(
     memory: str,
     merge: Callable[[Tensor], Tensor] | None = None,
     cut: Callable[[], Tensor | None] | None = None,
+    select: Callable[[Tensor, int], Tensor] = masks.select_largest,
 ) -> tuple[Server, StepReport]:
     """One server step of docs/method.md.
 
@@ -79,6 +80,7 @@ def step(
             from the already pruned model, so that masks nest and nothing can grow back.
         merge: what a method makes of v [n], W + the sum.
         cut: the new mask bool [P] of a method; where it gives none, or there is none, `new_mask`.
+        select: the mask bool [P] of (|v| [P], -1 where a weight may not be kept; how many are kept).
     """
     size, support = server.mask.numel(), server.support
     value = server.weights.clone()
@@ -92,7 +94,7 @@ def step(
         if memory == "published":
             magnitude.masked_fill_(~server.mask, -1.0)  # a kept weight of 0 still goes before every pruned one
         chosen = cut() if cut is not None else None
-        support = Support.of(new_mask(magnitude, server.support, plan) if chosen is None else chosen)
+        support = Support.of(new_mask(magnitude, server.support, plan, select) if chosen is None else chosen)
     mask = support.mask
     report = StepReport(
         update_norm=combined.norm(),
@@ -106,13 +108,13 @@ def step(
     return replace(server, round=plan.round + 1, weights=value, support=support), report
 
 
-def new_mask(magnitude: Tensor, old: Support, plan: RoundPlan) -> Tensor:
-    """The (1 - s_t) share with the largest |v|, global across layers, exact, ties by index.
+def new_mask(magnitude: Tensor, old: Support, plan: RoundPlan, select: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The (1 - s_t) share that `select` takes by |v|, exact.
 
     A mask never grows in size: a run extended by `resume --set rounds=N` does not undo the pruning it has reached.
     """
     keep = min(masks.kept_count(old.size, plan.sparsity), old.count)
-    return masks.select_largest(magnitude, keep)
+    return select(magnitude, keep)
 
 
 def _pruning_error(value: Tensor, mask: Tensor) -> float:

@@ -375,8 +375,9 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
 
 
 _EMPTIED = (
-    "round %d: no weight of %s is left; where no shortcut goes round it, the output no longer depends on the image. Cut later or "
-    "less, when weights have grown from their initial values (sparsity.*, mask.*), or name the layer in model.keep_dense"
+    "round %d: no weight of %s is left; where no shortcut goes round it, the output no longer depends on the image. Choose "
+    "mask.allocation: lamp, which leaves some of every layer, cut later or less (sparsity.*, mask.*), or name the layer in "
+    "model.keep_dense"
 )
 
 

@@ -92,6 +92,11 @@ class MaskConfig(_Section):
     initial: Literal["erk", "uniform", "magnitude", "snip", "none"] = Field(
         "none", description="the rule of the first mask; none: dense until the first update; the paper's is erk"
     )
+    allocation: Literal["global", "lamp", "erk", "uniform"] = Field(
+        "global",
+        description="how many weights each layer keeps at a cut by magnitude (feddip, gradual): the largest over all layers; "
+        "by LAMP scores; by shape; the same share",
+    )
     rescale: bool = Field(
         False,
         description="initial weights inside a sparse first mask are scaled so that their layer keeps its norm",

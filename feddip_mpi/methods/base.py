@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from feddip_mpi import masks, server
+from feddip_mpi import allocation, masks, server
 from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import Upload
 from feddip_mpi.errors import InputError
@@ -167,7 +167,7 @@ class Method:
         if rule == "none":
             return torch.ones_like(prunable, dtype=torch.bool)
         if rule == "magnitude":
-            return masks.select_largest(prunable.abs(), keep)
+            return self.select(prunable.abs(), keep)
         if rule == "snip":  # |gradient * weight|, Lee et al. 2019, eq. 7
             return masks.select_largest((opened[0] * prunable).abs(), keep)
         generator = stream(self.config.seed, "initial mask")
@@ -217,8 +217,12 @@ class Method:
         return seen.value
 
     def cut(self, seen: Seen) -> Tensor | None:
-        """The new mask bool [P], in rounds that update it; None: the largest |v| (`server.new_mask`)."""
+        """The new mask bool [P], in rounds that update it; None: by |v| (`server.new_mask`, `select`)."""
         return None
+
+    def select(self, magnitude: Tensor, keep: int) -> Tensor:
+        """A mask bool [P] by |v| [P] as `mask.allocation` says; -1 where a weight may not be kept."""
+        return allocation.select(magnitude, keep, self.layout.prunable_shapes, self.config.mask.allocation)
 
     def remember(self, seen: Seen, mask: Tensor) -> dict[str, Tensor]:
         """The memories after the round; `mask` bool [P] is the new one."""
@@ -243,7 +247,7 @@ class Method:
                 _require(mask, torch.bool, srv.support.size, "mask of cut")
             return mask
 
-        after, report = server.step(srv, total, plan, self.memory(), merge, cut)
+        after, report = server.step(srv, total, plan, self.memory(), merge, cut, self.select)
         return after, report, checked_memories(self.remember(seen[0], after.mask))
 
     def facts(self, mask: Tensor) -> dict[str, object]:

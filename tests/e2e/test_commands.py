@@ -59,16 +59,16 @@ def test_help_needs_neither_mpi_nor_torch() -> None:
     assert "..." not in listed  # nothing cut off at 80 columns
 
 
-@pytest.mark.parametrize("final", [0.9999, 0.8])
+@pytest.mark.parametrize(("final", "allocation"), [(0.9999, "global"), (0.8, "global"), (0.9999, "lamp")])
 def test_a_layer_of_which_nothing_is_left_is_said_once(
-    final: float, feddip: Command, tiny_config: Path, tmp_path: Path
+    final: float, allocation: str, feddip: Command, tiny_config: Path, tmp_path: Path
 ) -> None:
-    words = settings(f"sparsity.final={final}")
+    words = settings(f"sparsity.final={final}", f"mask.allocation={allocation}")
     done = feddip("train", str(tiny_config), *words, "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     shares = records(tmp_path / "run")[-1]["sparsity_by_layer"]
     emptied = [name for name, share in shares.items() if share == 1.0]
-    assert bool(emptied) == (final == 0.9999)
+    assert bool(emptied) == (final == 0.9999 and allocation == "global")
     log = (tmp_path / "run" / "run.log").read_text()
     assert {name: log.count(f"no weight of {name} is left") for name in shares} == {
         name: int(name in emptied) for name in shares

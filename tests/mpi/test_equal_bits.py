@@ -33,7 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "snip dropout": {"mask__initial": "snip", "model__name": "small_models:dropping"},
     "published": {"server_memory": "published", "upload__residual": "decay", "participants": 8, "rounds": 4},
     "one client": {**NORMALISED, "participants": 1, "upload__values": "bf16", "feedback": False},
-    "quantity": {"data__partition": "quantity", "upload__mode": "dense_at_mask_updates", "upload__values": "int8"},
+    "quantity": {"data__partition": "quantity", "upload__mode": "dense_at_mask_updates", "upload__values": "int8",
+                 "mask__allocation": "lamp"},
     "fedavg": {"method": "fedavg", "upload__values": "fp16"},
     # What travels besides updates: votes, squared gradients, saliencies before the first round.
     "feddst": {"method": "feddst", "exchange": "sharded"},
