@@ -18,6 +18,7 @@ from feddip_mpi.codec import Bytes, Message, Upload
 from feddip_mpi.errors import FeddipError, NumericalError, RankLost
 from feddip_mpi.exchange import Exchange, Phase, Task, untimed
 from feddip_mpi.federation import Federation
+from feddip_mpi.life import Life
 from feddip_mpi.methods.base import Opening
 from feddip_mpi.support import Support
 
@@ -94,12 +95,10 @@ def _task(
     return Task("allgatherv", False, round, support, size, rule, placed, weights)
 
 
-def opening(
-    federation: Federation, holders: Sequence[int], stopped: Callable[[], FeddipError | None] = lambda: None
-) -> tuple[list[Tensor], Opened | None]:
+def opening(federation: Federation, holders: Sequence[int], life: Life) -> tuple[list[Tensor], Opened | None]:
     """What the method's clients measure before the first round, added up: a vector for each size that it asks for.
 
-    `stopped` is asked before each client: an error that it returns on one rank ends the opening on all.
+    An error on one rank ends the opening on all; `life.stopped` is asked before each client, `life.give_up` before each batch.
     """
     config, comm, asked = federation.config, federation.comm, federation.method.opening()
     if asked is None:
@@ -118,13 +117,15 @@ def opening(
         try:
             for client in clients:
                 if placed[client] == comm.rank:
-                    if (error := stopped()) is not None:
+                    life.enter("opening", 0)
+                    if (error := life.stopped()) is not None:
                         break
-                    uploaded += _measure(federation, asked, support, exchanges, client)
+                    uploaded += _measure(federation, asked, support, exchanges, client, life.give_up)
         except RankLost:
             raise
         except FeddipError as caught:
             error = caught
+        life.enter("wait", 0)
         comm.check(error)
         for exchange, total in zip(exchanges, sums, strict=True):
             exchange.close()
@@ -136,11 +137,16 @@ def opening(
 
 
 def _measure(
-    federation: Federation, asked: Opening, support: Support, exchanges: Sequence[Exchange], client: int
+    federation: Federation,
+    asked: Opening,
+    support: Support,
+    exchanges: Sequence[Exchange],
+    client: int,
+    give_up: Callable[[], bool],
 ) -> Bytes:
     """One client's part of the opening; returns the bytes of its frames."""
     samples, counted = federation.partition.train[client], Bytes()
-    vectors = asked.measure(federation.trainer, federation.initial, samples, client)
+    vectors = asked.measure(federation.trainer, federation.initial, samples, client, give_up)
     for vector, exchange in zip(vectors, exchanges, strict=True):
         if not bool(torch.isfinite(vector).all()):
             raise NumericalError(

@@ -205,11 +205,18 @@ class LocalTrainer:
         count = len(samples) * self.rule.epochs
         return LocalResult(update, float(loss_sum) / count, count, extras)
 
-    def mean_gradient(self, weights: Tensor, samples: np.ndarray, round: int, client: int) -> Tensor:
+    def mean_gradient(
+        self,
+        weights: Tensor,
+        samples: np.ndarray,
+        round: int,
+        client: int,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Tensor:
         """Gradient [n] (zero for buffers) of the mean loss over the client's images at `weights` float32 [n].
 
         Args:
-            weights, samples: as in `train`.
+            weights, samples, give_up: as in `train`.
             round, client: name the random streams, which are not those of `train`.
         """
         bound, layout = self.bound, self.bound.layout
@@ -218,6 +225,8 @@ class LocalTrainer:
         total = torch.zeros_like(weights)
         order = torch.from_numpy(samples).to(weights.device)
         for start, stop in batch_bounds(len(samples), self.rule.batch_size):
+            if give_up():
+                raise Abandoned(f"the gradient of client {client} was abandoned")
             chosen = order[start:stop]
             images = self.data.normalised(self.data.images.index_select(0, chosen))
             _, gradients = self._backward(images, self.data.labels.index_select(0, chosen))

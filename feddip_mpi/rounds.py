@@ -33,6 +33,7 @@ from feddip_mpi.collectives import Communicator
 from feddip_mpi.errors import Abandoned, FeddipError, InputError, NumericalError, PeerError, RankLost
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
+from feddip_mpi.life import Life
 from feddip_mpi.local import LocalResult, LocalTrainer
 from feddip_mpi.methods.base import checked_memories
 from feddip_mpi.residual_store import ResidualStore
@@ -90,15 +91,16 @@ class State:
         vars(self).update(vars(other))
 
 
-def initial_state(federation: Federation, stopped: Callable[[], FeddipError | None] = lambda: None) -> State:
+def initial_state(federation: Federation, life: Life | None = None) -> State:
     """The state before the first round: initial weights, pruned by the first mask, nothing remembered.
 
-    Args:
-        stopped: asked on each rank before each client that measures something for it; what it returns is raised on all ranks.
+    Raises:
+        Stopped, Abandoned: as `life` says, on all ranks.
+        RankLost: a rank died; on every survivor.
     """
     config, layout, method = federation.config, federation.layout, federation.method
     holders = initial_holders(config.clients, federation.comm.size)
-    sums, opened = besides.opening(federation, holders, stopped)
+    sums, opened = besides.opening(federation, holders, life or Life())
     weights, mask = method.begin(federation.initial, sums)
     weights = server.pruned(weights, mask)
     # With references (EF21) server and clients share what was sent instead of keeping what was not.
@@ -222,19 +224,6 @@ class Choice:
             log.info("exchange from round %d: %s (%s)", plan.round + 1, chosen, why)
             self._last = chosen
         return chosen
-
-
-@dataclass(frozen=True)
-class Life:
-    """What the outside has to do with a round.
-
-    Attributes:
-        give_up: whether a round that is still training is to be abandoned; asked before every batch.
-        enter: told of every phase that begins, with its round.
-    """
-
-    give_up: Callable[[], bool] = lambda: False
-    enter: Callable[[str, int], None] = lambda phase, round: None
 
 
 def play(federation: Federation, state: State, plan: RoundPlan, life: Life | None = None) -> metrics.Record:

@@ -73,7 +73,7 @@ def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 FAULT_PHASES = (
-    "setup", "plan", "train", "encode", "wait", "exchange", "decode", "server", "evaluate", "commit", "checkpoint",
+    "setup", "opening", "plan", "train", "encode", "wait", "exchange", "decode", "server", "evaluate", "commit", "checkpoint",
     "recover", "finish",
 )  # fmt: skip
 

@@ -32,9 +32,10 @@ from feddip_mpi import (
 )
 from feddip_mpi.checkpoint import Loaded
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.errors import FeddipError, InputError, RankLost, Stopped
+from feddip_mpi.errors import Abandoned, FeddipError, InputError, RankLost, Stopped
 from feddip_mpi.exchange import own_part
 from feddip_mpi.federation import Federation
+from feddip_mpi.life import Life
 from feddip_mpi.metrics import Record
 from feddip_mpi.report import terminal
 from feddip_mpi.residual_store import ResidualStore, require_folder
@@ -123,14 +124,19 @@ def _hold(held: ExitStack, lock: Lock) -> None:
 
 def _begin(built: Federation, run: Run) -> None:
     """Play a run from its first round on."""
-    state = _first_state(built, run)
     run.created = on_root(built.comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    _play(built, run, state, [])
+    _play(built, run, None, [])
 
 
 def _first_state(built: Federation, run: Run) -> State:
     """The state before the first round. Raises Stopped where a signal came while clients measured for it."""
-    return rounds.initial_state(built, lambda: _stopped_before(0, run) if run.stop.requested else None)
+    watchdog, life = _watched(built, run)
+    try:
+        return rounds.initial_state(built, life)
+    except Abandoned:
+        raise _stopped_before(0, run) from None
+    finally:
+        watchdog.close()
 
 
 def _stopped_before(round: int, run: Run) -> Stopped:
@@ -309,11 +315,13 @@ def check_same(built: Federation, loaded: Loaded) -> None:
     checkpoint.check_model(loaded, built.layout)
 
 
-def _play(built: Federation, run: Run, state: State, history: list[Record]) -> None:
-    """Play what is left of a run, on the ranks that are left."""
+def _play(built: Federation, run: Run, state: State | None, history: list[Record]) -> None:
+    """Play what is left of a run, on the ranks that are left; without a state, from its opening on."""
     run.faults = runtime.faults(built.comm.rank)
     while True:
         try:
+            if state is None:
+                state = _first_state(built, run)
             _play_on(built, run, state, history)
             built.comm.commit()  # nobody leaves before the marker is written
             return
@@ -386,7 +394,7 @@ def emptied(record: Record, layers: Collection[str]) -> list[str]:
     return [name for name, share in record["sparsity_by_layer"].items() if name in layers and share == 1.0]
 
 
-def _watched(built: Federation, run: Run) -> tuple[runtime.Watchdog, rounds.Life]:
+def _watched(built: Federation, run: Run) -> tuple[runtime.Watchdog, Life]:
     comm, grace = built.comm, built.config.stop_grace
     watchdog = runtime.Watchdog(built.config.watchdog, comm.world_ranks[comm.rank], comm.abort)
 
@@ -395,11 +403,16 @@ def _watched(built: Federation, run: Run) -> tuple[runtime.Watchdog, rounds.Life
         for fault in run.faults:
             fault.enter(phase, round)
 
-    return watchdog, rounds.Life(lambda: run.stop.expired(grace), enter)
+    def stopped() -> FeddipError | None:
+        return _stopped_before(0, run) if run.stop.requested else None
+
+    return watchdog, Life(lambda: run.stop.expired(grace), enter, stopped)
 
 
-def _recover(built: Federation, run: Run, state: State, history: list[Record]) -> tuple[State, list[Record]]:
-    """What the survivors go on from, after any number of further deaths."""
+def _recover(
+    built: Federation, run: Run, state: State | None, history: list[Record]
+) -> tuple[State | None, list[Record]]:
+    """What the survivors go on from, after any number of further deaths; no state where that is the opening."""
     comm, settings = built.comm, built.config
     started = time.monotonic()
     watchdog, _ = _watched(built, run)
@@ -407,8 +420,10 @@ def _recover(built: Federation, run: Run, state: State, history: list[Record]) -
         while True:
             try:
                 with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
-                    state.holders = recovery.renumber(state.holders, comm.shrink())
-                watchdog.enter("recover", state.server.round)
+                    survivors = comm.shrink()
+                if state is not None:
+                    state.holders = recovery.renumber(state.holders, survivors)
+                watchdog.enter("recover", state.server.round if state else 0)
                 for fault in run.faults:
                     fault.enter("recover", run.recoveries)
                 run.recoveries += 1
@@ -422,7 +437,8 @@ def _recover(built: Federation, run: Run, state: State, history: list[Record]) -
         watchdog.close()
     if comm.rank == 0:
         dead, left = ", ".join(map(str, comm.lost_ranks)), comm.size
-        message = f"rank {dead} of the start died: {left} go on after round {state.server.round} ({how})"
+        done = state.server.round if state else 0
+        message = f"rank {dead} of the start died: {left} go on after round {done} ({how})"
         log.warning("%s; %.2f s to recover", message, time.monotonic() - started)
     return state, history
 
@@ -445,7 +461,9 @@ def _take_over_folder(comm: Communicator, run: Run) -> None:
     on_root(comm, lock)
 
 
-def _mended(built: Federation, run: Run, state: State, history: list[Record]) -> tuple[State, list[Record], str]:
+def _mended(
+    built: Federation, run: Run, state: State | None, history: list[Record]
+) -> tuple[State | None, list[Record], str]:
     """State and history to go on from, and in words where that is. Raises RankLost."""
     comm, folder = built.comm, run.folder
     loaded: list[Loaded] = []
@@ -459,7 +477,7 @@ def _mended(built: Federation, run: Run, state: State, history: list[Record]) ->
         return loaded[0].path.name if loaded else ""
 
     name = on_root(comm, read)
-    if built.config.on_rank_failure == "continue":
+    if built.config.on_rank_failure == "continue" and state is not None:
         saved = (loaded[0].server.round, loaded[0].path) if loaded else None
         found = recovery.take_over(built, state, history, saved)
         if found is not None:
@@ -471,7 +489,7 @@ def _mended(built: Federation, run: Run, state: State, history: list[Record]) ->
                 _save_now(FolderSaver(built, folder, run.created), state, history)
             return state, history, "nothing is played again"
     if not name:
-        return _first_state(built, run), [], "from the start: nothing was saved"
+        return None, [], "from the start: nothing was saved"
     state, history, _ = _restore(built, loaded[0] if loaded else None)
     return state, history, f"rewound to {name}"
 

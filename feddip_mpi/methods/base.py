@@ -38,12 +38,13 @@ class Opening:
     Attributes:
         clients: in ascending order.
         sizes: length of each vector they send.
-        measure: (trainer, initial weights float32 [n], the client's images, client) to the vectors.
+        measure: (trainer, initial weights float32 [n], the client's images, client, give_up as in
+            `LocalTrainer.train`) to the vectors.
     """
 
     clients: tuple[int, ...]
     sizes: tuple[int, ...]
-    measure: Callable[[LocalTrainer, Tensor, np.ndarray, int], Sequence[Tensor]]
+    measure: Callable[[LocalTrainer, Tensor, np.ndarray, int, Callable[[], bool]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,10 @@ class Method:
         """Gradients at the initial weights [P], or with `before_sum` each client's own |gradient * weight|."""
         size = self.layout.prunable
 
-        def measure(trainer: LocalTrainer, weights: Tensor, samples: np.ndarray, client: int) -> Sequence[Tensor]:
-            gradient = trainer.mean_gradient(weights, samples, 0, client)[:size]
+        def measure(
+            trainer: LocalTrainer, weights: Tensor, samples: np.ndarray, client: int, give_up: Callable[[], bool]
+        ) -> Sequence[Tensor]:
+            gradient = trainer.mean_gradient(weights, samples, 0, client, give_up)[:size]
             return [(gradient * weights[:size]).abs() if before_sum else gradient]
 
         return Opening(clients, (size,), measure)

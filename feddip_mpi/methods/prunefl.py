@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class PruneFL(Method):
         return Opening((client,), (self.layout.size, self.layout.prunable), self._prune_alone)
 
     def _prune_alone(
-        self, trainer: LocalTrainer, weights: Tensor, samples: np.ndarray, client: int
+        self, trainer: LocalTrainer, weights: Tensor, samples: np.ndarray, client: int, give_up: Callable[[], bool]
     ) -> Sequence[Tensor]:
         """Local rounds, each followed by a cut; returns the update [n] and the scores [P] before the last cut."""
         c, count = self.config, self.config.prunefl.first_rounds
@@ -62,7 +62,7 @@ class PruneFL(Method):
         assert trainer.hook is not None
         trainer.hook.begin_round(0, updates_mask=True)
         for r in range(count):
-            result = trainer.train(current, mask, samples, c.learning_rate, 0.0, _BEFORE + r, client)
+            result = trainer.train(current, mask, samples, c.learning_rate, 0.0, _BEFORE + r, client, give_up)
             current, scores = current + result.update, result.extras[0]
             if r + 1 < count:
                 mask = self._chosen(current, scores, mask, c.sparsity.initial * (r + 1) / count, 0)

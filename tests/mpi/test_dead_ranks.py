@@ -24,9 +24,10 @@ DROP = {"upload__residual": "drop", "on_rank_failure": "continue"}
 
 @pytest.fixture(scope="module")
 def never_failed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs `keep` and `drop` on one rank."""
+    """The runs `keep`, `drop` and `ssfl` on one rank."""
     folder = tmp_path_factory.mktemp("never")
-    argv = [runs.train(config, folder / "keep", **TINY), runs.train(config, folder / "drop", **TINY, **DROP)]
+    cases: dict[str, dict[str, Any]] = {"keep": {}, "drop": DROP, "ssfl": {"method": "ssfl"}}
+    argv = [runs.train(config, folder / name, **TINY, **changes) for name, changes in cases.items()]
     runs.play([{"argv": words} for words in argv], folder / "steps", None)
     return folder
 
@@ -102,6 +103,17 @@ def test_abort_ends_all_and_resume_goes_on(config: Path, never_failed: Path, tmp
     launch.run([*launch.FEDDIP, "resume", str(run), "--set", "on_rank_failure=rewind"], 2).expect(0)
     ours, theirs = (runs.contents(runs.newest(path)) for path in (never_failed / "keep", run))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("policy", ["rewind", "continue"])
+def test_a_death_in_the_opening_begins_it_again(policy: str, config: Path, never_failed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = killed(config, run, "rank=1 phase=opening round=1", method="ssfl", on_rank_failure=policy)
+    assert (run / "finished.json").exists(), done.text
+    ours, theirs = (runs.contents(runs.newest(path)) for path in (never_failed / "ssfl", run))
+    assert [name for name in ours if ours[name] != theirs[name]] in ([], ["config"]) and len(ours) == len(theirs)
+    assert [row["ranks"] for row in runs.lines(run)] == [2] * 5
+    assert "2 go on after round 0 (from the start: nothing was saved)" in (run / "run.log").read_text()
 
 
 def test_a_death_before_the_first_round_ends_all(config: Path, tmp_path: Path) -> None:

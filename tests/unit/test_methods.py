@@ -12,8 +12,9 @@ from together import together
 from torch import Tensor, nn
 
 from feddip_mpi import checkpoint, codec, config, federation, masks, methods, rounds, run_folder, session
-from feddip_mpi.errors import InputError, Stopped
+from feddip_mpi.errors import Abandoned, InputError, Stopped
 from feddip_mpi.federation import Federation
+from feddip_mpi.life import Life
 from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning
 from feddip_mpi.saver import FolderSaver
@@ -121,12 +122,31 @@ def test_a_stop_ends_an_opening_between_clients_on_all_ranks(after: int) -> None
 
         own = dataclasses.replace(built[comm.rank], comm=comm)
         with pytest.raises(Stopped) as caught:
-            rounds.initial_state(own, stopped)
+            rounds.initial_state(own, Life(stopped=stopped))
         again = rounds.initial_state(own)
         return f"{caught.value} {bits([again])}"
 
     whole = rounds.initial_state(build("ssfl"))
     assert together(3, work) == [f"by a signal {bits([whole])}"] * 3
+
+
+@pytest.mark.parametrize("method", ["ssfl", "prunefl"])
+def test_an_opening_is_abandoned_between_two_batches_on_all_ranks(method: str) -> None:
+    built = [build(method) for _ in range(2)]
+
+    def work(comm: Any) -> tuple[str, list[str]]:
+        asked, phases = iter(range(99)), []
+        own = dataclasses.replace(built[comm.rank], comm=comm)
+        life = Life(lambda: next(asked) == 1, lambda phase, _: phases.append(phase))
+        with pytest.raises(Abandoned, match="abandoned"):
+            rounds.initial_state(own, life)
+        return bits([rounds.initial_state(own)]), phases
+
+    done = together(2, work)
+    assert [state for state, _ in done] == [bits([rounds.initial_state(build(method))])] * 2
+    # What a watchdog is told: who measures, and who waits for it.
+    assert "opening" in done[0][1] + done[1][1]
+    assert [phases[-1] for _, phases in done] == ["wait"] * 2
 
 
 @pytest.mark.parametrize("method", ALL)

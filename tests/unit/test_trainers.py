@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from feddip_mpi import config, federation, rounds
 from feddip_mpi.errors import Abandoned, InputError, NumericalError
 from feddip_mpi.federation import Federation
+from feddip_mpi.life import Life
 from feddip_mpi.local import LocalHook
 from feddip_mpi.methods.feddip import FedDIP
 from feddip_mpi.models.dropout import Dropout
@@ -157,7 +158,7 @@ def test_a_round_given_up_leaves_the_state_and_can_be_played_again() -> None:
         return batches > 6
 
     with pytest.raises(Abandoned, match="round 2 was abandoned while client"):
-        rounds.play(built, state, plan_round(built.config, 1), rounds.Life(give_up))
+        rounds.play(built, state, plan_round(built.config, 1), Life(give_up))
     ended = batches
     time.sleep(0.1)
     assert batches == ended, "no client trains any more when the round is given up"
