@@ -232,6 +232,16 @@ def test_estimate_from_cells_of_the_sweep(tmp_path: Path) -> None:
     assert result.bytes_are == "as finished cells"
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", "3", '{"round": 1, "train_seconds": "long"}', "[" * 100_000])
+def test_damaged_metrics_are_no_rounds(line: str, tmp_path: Path) -> None:
+    (cell,) = cells("grid: {seed: [1]}")
+    begun(cell, tmp_path, 1).metrics.write_text(line + "\n")
+    found = [states.look(cell, tmp_path)]
+    assert found == [State(states.UNFINISHED)]
+    assert estimate.known_paces([cell], found, tmp_path) == {}
+    assert states.records(begun(cells("grid: {seed: [2]}")[0], tmp_path, 3))[2]["round"] == 3
+
+
 def test_estimate_without_a_round_says_so(tmp_path: Path) -> None:
     (cell,) = cells("grid: {seed: [1]}")
     result = estimate.estimate([cell], [State(states.NEW)], tmp_path, {}, lambda c: 40, lambda c: (10, 8))
