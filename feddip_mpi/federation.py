@@ -19,9 +19,10 @@ from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.local import DeviceData, LocalTrainer
 from feddip_mpi.methods.base import Method
+from feddip_mpi.models import trial
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.settings import Config
-from feddip_mpi.trainers import Trainers
+from feddip_mpi.trainers import SHARED_GENERATORS, Trainers
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
 
@@ -118,7 +119,14 @@ def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.n
 
 
 def _more_models(config: Config, model: torch.nn.Module, input_shape: Any, classes: int) -> list[torch.nn.Module]:
-    """A network for each further client that trains at once. Raises InputError where they are not different ones."""
+    """A network for each further client that trains at once.
+
+    Raises:
+        InputError: they are not different ones, or draw from generators that they would share; the latter is also found while
+            they train, but that may be late: a rank may train a single client in each round, until another rank dies.
+    """
+    if config.clients_at_once > 1 and trial.draws_globally(model, (2, *map(int, input_shape))):
+        raise InputError(SHARED_GENERATORS.format(config.clients_at_once))
     made = [build_model(config, input_shape, classes)[0] for _ in range(config.clients_at_once - 1)]
     owners: dict[int, int] = {}
     for number, each in enumerate((model, *made)):

@@ -15,7 +15,7 @@ from alone import Alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from feddip_mpi import config, federation, rounds
+from feddip_mpi import config, federation, generators, rounds
 from feddip_mpi.errors import Abandoned, InputError, NumericalError
 from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
@@ -79,6 +79,14 @@ def common(part: str) -> type[Common]:
 
 
 Common_dropout, Common_norm, Common_scale, Common_steps = map(common, ("dropout", "norm", "scale", "steps"))
+
+
+class Late(Global):
+    """Draws from the global generators in batches of more than two images only, which the trial does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dropout.train(self.training and len(x) > 2)
+        return super().forward(x)
 
 
 def the_same_again(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
@@ -272,12 +280,18 @@ def test_results_that_wait_are_bounded_and_in_order() -> None:
 def test_a_network_that_draws_from_the_global_generators_is_refused() -> None:
     alone = build(1, "Global")
     play(alone, rounds.initial_state(alone))
-    built = build(2, "Global")
+    message = "clients_at_once: got 2, but the network draws from the global random gener"
+    with pytest.raises(InputError, match=message):  # also where each rank would begin with one client a round
+        build(2, "Global", participants=1)
+    built = build(2, "Late")
     state = rounds.initial_state(built)
     before = bits(state)
-    with pytest.raises(InputError, match="clients_at_once: got 2, but the network draws from the global random gener"):
+    with pytest.raises(InputError, match=message):
         play(built, state)
     assert bits(state) == before
+    global_before = generators.states()
+    build(2)
+    assert generators.states() == global_before
 
 
 def test_a_network_that_is_made_once_only_is_refused() -> None:
