@@ -16,6 +16,9 @@ _FILE = "cells.json"
 
 def write(labels: Mapping[str, Mapping[str, str]], out: Path) -> None:
     """Add the labels of some cells, by name and axis; those of other grids' cells in the same folder stay."""
+    before = read(out)
+    if all(before.get(name) == own for name, own in labels.items()):  # a folder that is done may be read-only
+        return
     path = out / BESIDE / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.with_name(f".{_FILE}.lock")):

@@ -414,6 +414,9 @@ def test_the_same_command_brings_lost_labels_back(tmp_path: Path) -> None:
     assert labels.read(out) == {}, "a dry run writes nothing"
     command.sweep(str(grid_file), str(out), 1, "", False, False)
     assert labels.read(out) == {"plain_seed-1": {"method": "plain"}, "plain_seed-2": {"method": "plain"}}
+    written = (out / "_sweep" / "cells.json").stat().st_mtime_ns
+    command.sweep(str(grid_file), str(out), 1, "", False, False)
+    assert (out / "_sweep" / "cells.json").stat().st_mtime_ns == written, "what stands there already is not written"
 
 
 @pytest.mark.parametrize(
