@@ -22,7 +22,7 @@ from feddip_mpi.errors import InputError
         (f"penalty.steps={10**400}", "penalty.steps: got 1000.*; .* less than or equal to 9223372036854775807$"),
         (f"data.synthetic.shape=[1, {10**30}, 3]", "shape: got .*; .* less than or equal to 9223372036854775807$"),
         ("data" + ".data" * 3000 + "=1", "is no key: none has more than 9 dots$"),
-        ("mask=erk", "mask: got 'erk'; .* section .*every, initial, rescale, freeze_after$"),
+        ("mask=erk", "mask: got 'erk'; .* section .*every, initial, allocation, rescale, freeze_after$"),
     ],
 )
 def test_the_message_says_what_to_write(override: str, message: str) -> None:
