@@ -155,16 +155,24 @@ _ExactDumper.add_representer(str, _represent_text)
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice: the last one would win silently."""
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flat: set[int] = set()  # mappings, by identity; the document holds them all
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except ValueError as error:  # 2020-13-45 looks like a date and is none
             raise yaml.YAMLError(f"{_shorten(node.value)} in line {node.start_mark.line + 1}: {error}") from None
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Looks for such keys before `<<: *name` is put in its place: what that brings gives way to the mapping's own."""
+        if id(node) in self._flat:
+            return
+        self._flat.add(id(node))
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
             try:
                 twice = key in seen
                 seen.add(key)
@@ -172,7 +180,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{_shorten(key)} in line {key_node.start_mark.line + 1} is no key name") from None
             if twice:
                 raise yaml.YAMLError(f"key {key!r} given twice (second time in line {key_node.start_mark.line + 1})")
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
+        # Each key once, or a few lines that bring in one another would mean a mapping of any length.
+        last = {self.construct_object(pair[0], deep=True): pair for pair in node.value}
+        node.value = list(last.values())
+
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def _apply_override(values: dict[str, Any], item: str) -> None:
@@ -190,6 +204,8 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
 def set_key(values: dict[str, Any], key: str, value: Any, source: str) -> None:
     """Put a value under a dotted key of nested values. Raises InputError where a part of the key is no section."""
     *parents, last = key.split(".")
+    if len(parents) > _DEEPEST:
+        raise InputError(f"{source}: {_shorten(key)} is no key: none has more than {_DEEPEST} dots")
     section = values
     for parent in parents:
         child = section.setdefault(parent, {})
@@ -236,6 +252,7 @@ def _whole_number(text: str) -> int | None:
     return int(number) if number.is_integer() and abs(number) < 2**53 else None
 
 
+_DEEPEST = 9  # dots of a key: more sections than any has, few enough to walk through
 _MOST_PROBLEMS = 12  # told at once
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 3

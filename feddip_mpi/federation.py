@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,8 +19,10 @@ from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.local import DeviceData, LocalTrainer
 from feddip_mpi.methods.base import Method
+from feddip_mpi.models import trial
+from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.settings import Config
-from feddip_mpi.trainers import Trainers
+from feddip_mpi.trainers import SHARED_GENERATORS, Trainers
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
 
@@ -116,14 +119,43 @@ def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.n
 
 
 def _more_models(config: Config, model: torch.nn.Module, input_shape: Any, classes: int) -> list[torch.nn.Module]:
-    """A network for each further client that trains at once. Raises InputError where they are not different ones."""
+    """A network for each further client that trains at once.
+
+    Raises:
+        InputError: they are not different ones, or draw from generators that they would share; the latter is also found while
+            they train, but that may be late: a rank may train a single client in each round, until another rank dies.
+    """
+    if config.clients_at_once > 1 and trial.draws_globally(model, (2, *map(int, input_shape))):
+        raise InputError(SHARED_GENERATORS.format(config.clients_at_once))
     made = [build_model(config, input_shape, classes)[0] for _ in range(config.clients_at_once - 1)]
-    if len({id(each) for each in (model, *made)}) <= len(made):
-        raise InputError(
-            f"clients_at_once: got {config.clients_at_once}, but {config.model.name} returns the same network when it is "
-            "called again; allowed: a function that makes a new one, or clients_at_once=1"
-        )
+    owners: dict[int, int] = {}
+    for number, each in enumerate((model, *made)):
+        for name, part in _own_parts(each):
+            if owners.setdefault(id(part), number) != number:
+                raise InputError(
+                    f"clients_at_once: got {config.clients_at_once}, but {config.model.name} returns {name} when it is "
+                    "called again; allowed: a function that makes a new one, or clients_at_once=1"
+                )
     return made
+
+
+def _own_parts(model: torch.nn.Module) -> Iterator[tuple[str, object]]:
+    """What a network that trains beside others may not have in common with them, with a name for messages.
+
+    Floating-point buffers of modules of its own are not among it: `BoundModel` gives each network new ones.
+    """
+    yield "the same network", model
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, Dropout)
+            or next(itertools.chain(module.parameters(False), module.buffers(False)), None) is not None
+        ):
+            yield f"the same module {name}", module
+    for name, parameter in model.named_parameters():
+        yield f"the same parameter {name}", parameter
+    for name, buffer in model.named_buffers():
+        if not buffer.is_floating_point():
+            yield f"the same buffer {name}", buffer
 
 
 def _require_batches_of_two(config: Config, model: torch.nn.Module, parts: partitions.Partition) -> None:

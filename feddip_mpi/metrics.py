@@ -290,6 +290,27 @@ def read(path: Path) -> list[Record]:
     return out
 
 
+def misfits(record: Mapping[str, Any]) -> list[str]:
+    """Names of a record that has been read whose value is not what this program writes: null, or finite and of its kind."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -_HUGE < value < _HUGE
+
+    def fits(kind: str, value: Any) -> bool:
+        if kind in ("ints", "floats"):
+            return isinstance(value, list) and all(item is None or is_number(item) for item in value)
+        if kind == "layers":
+            return isinstance(value, dict) and all(item is None or is_number(item) for item in value.values())
+        return is_number(value)
+
+    return [
+        name for name, field in FIELDS.items() if record.get(name) is not None and not fits(field.kind, record[name])
+    ]
+
+
+_HUGE = 1e300  # nothing is as large, and sums of what is smaller stay finite
+
+
 def reference() -> str:
     """The names of a record as a Markdown table."""
     rows = ["| name | depends on | meaning |", "|---|---|---|"]

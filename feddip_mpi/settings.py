@@ -18,18 +18,40 @@ def _on_off(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+_LARGEST = 2**63 - 1  # integers
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        parts = typing.get_args(cls.model_fields[str(info.field_name)].annotation)
+        if value == "none" and type(None) in parts:  # as the reference and `grid` names write it
+            return None
         # pydantic would read `rounds: yes` as one round.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, float | None):
+        given = value if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(item, bool) for item in given) and cls._holds(info, int, float):
             raise PydanticCustomError(
                 "number", "input should be a number; YAML reads a bare on, off, yes and no as a switch"
             )
         return value
+
+    @field_validator("*")
+    @classmethod
+    def _of_64_bits(cls, value: Any, info: ValidationInfo) -> Any:
+        """What is larger fits no array and no file, and would show late."""
+        given = value if isinstance(value, tuple) else (value,)
+        if cls._holds(info, int) and any(item is not None and abs(item) > _LARGEST for item in given):
+            raise PydanticCustomError("size", "input should be less than or equal to {largest}", {"largest": _LARGEST})
+        return value
+
+    @classmethod
+    def _holds(cls, info: ValidationInfo, *types: type) -> bool:
+        """Whether a key is of one of these types, or may be none, or is a list of them."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        return any(kind in types for kind in (annotation, *typing.get_args(annotation)))
 
 
 class SyntheticConfig(_Section):

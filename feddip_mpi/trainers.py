@@ -103,7 +103,7 @@ class Trainers:
                 futures.popleft()
                 futures.extend(pool.submit(one, client) for client in islice(left, 1))
                 if not futures and generators.states() != before:
-                    raise InputError(_SHARED.format(len(self.all)))
+                    raise InputError(SHARED_GENERATORS.format(len(self.all)))
                 yield result
         finally:
             stop.set()
@@ -122,7 +122,7 @@ class Trainers:
         return self._pool
 
 
-_SHARED = (
+SHARED_GENERATORS = (
     "clients_at_once: got {}, but the network draws from the global random generators of torch, Python or numpy while it "
     "trains (nn.Dropout?), which clients that train at once would share; allowed: clients_at_once=1, or "
     "feddip_mpi.models.dropout.Dropout in the network"

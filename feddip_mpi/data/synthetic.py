@@ -29,7 +29,7 @@ def generate(config: SyntheticConfig, seed: int) -> Dataset:
     try:
         train = _split(config, patterns, config.train_samples, seed, "synthetic train")
         test = _split(config, patterns, config.test_samples, seed, "synthetic test")
-    except MemoryError:
+    except (MemoryError, ValueError, OverflowError):  # numpy has other names for more than 2^63 bytes
         bytes_needed = channels * height * width * (config.train_samples + config.test_samples)
         raise InputError(
             f"data.synthetic: {bytes_needed} bytes of images do not fit into memory; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from feddip_mpi import generators
 from feddip_mpi.errors import InputError
+from feddip_mpi.models.dropout import Dropout
 
 
 def try_out(model: nn.Module, name: str, in_channels: int, image_size: tuple[int, int], classes: int) -> None:
@@ -40,6 +42,23 @@ def try_out(model: nn.Module, name: str, in_channels: int, image_size: tuple[int
         ) from error
     if problem is not None:
         raise InputError(f"model.name: {name}: for two images it returned {problem}; {wanted}")
+
+
+def draws_globally(model: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a forward in training mode, on a copy, takes numbers from the global generators of torch, Python or numpy.
+
+    Args:
+        model: on the CPU.
+        shape: of a batch of images.
+    """
+    copy, images = deepcopy(model).train(), torch.zeros(*shape)
+    for module in copy.modules():
+        if isinstance(module, Dropout):
+            module.generator = torch.Generator()
+    with generators.preserved(), torch.no_grad():
+        before = generators.states()
+        copy(images)
+        return generators.states() != before
 
 
 def _problem(logits: object, classes: int) -> str | None:

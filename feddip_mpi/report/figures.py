@@ -93,7 +93,8 @@ def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
             bbox={"color": "white", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
         drawing.rounds_below(panel, groups, 5)
-    panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    room = 0.05 * max(0.01, high - low)
+    panels[0].set_ylim(low - room, high + room)
     figure.subfigs[0].supylabel("accuracy", fontsize=9)
     grey = f" Grey: {dense.name}." if dense is not None and len(curves) > 1 else ""
     drawing.say_below(figure, f"Numbers: mean of the last evaluations.{grey}")
@@ -320,7 +321,8 @@ def client_accuracy(groups: Sequence[Group], look: Look) -> Picture | None:
     low, high = drawing.whole_scale(np.median(values) for _, values in found)
     low = min(values[0] for _, values in found if np.median(values) >= low)
     high = max(values[-1] for _, values in found)
-    panel.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    room = 0.04 * max(0.01, high - low)
+    panel.set_xlim(low - room, high + room)
     for place, (_, values) in zip(places, found, strict=True):
         if np.median(values) < low:
             panel.text(low, place, f"◂ median {np.median(values):.3f}", fontsize=7, va="center")

@@ -88,12 +88,16 @@ def _require_free(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Files of an earlier report go, the page first: it must not stand beside figures of other runs."""
-    (folder / PAGE).unlink(missing_ok=True)
+    """Files of an earlier report go, the page first: it must not stand beside figures of other runs.
+
+    A line stands in its place until there is a new one, so that the same command is allowed again where this one ends before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    hdf5.write_text(folder / PAGE, f"<!-- {_MARK} --><p>This report is not complete: run the command again.</p>\n")
     for part in ("figures", "tables"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part).mkdir(exist_ok=True)
         for old in (folder / part).iterdir():
-            if old.suffix in (".png", ".pdf", ".csv", ".tex"):
+            if old.suffix in (".png", ".pdf", ".csv", ".tex", ".md"):
                 old.unlink()
 
 

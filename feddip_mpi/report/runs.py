@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,6 +122,10 @@ def _search(path: Path, found: Found, seen: set[Path], depth: int) -> None:
     if path.resolve() in seen:
         return
     seen.add(path.resolve())
+    shown = Path(os.fsencode(path).decode("utf-8", "replace"))
+    if shown != path:  # no page and no table could hold it
+        found.left_out.append(LeftOut(shown, "its name is not UTF-8; rename it"))
+        return
     if is_run(path):
         try:
             found.runs.append(load(path, found.partitions))
@@ -167,10 +173,12 @@ def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:
         raise FeddipError(f"unfinished: {len(records)} of {settings.rounds} rounds ({state})")
     summary = _summary(folder)
     rounds = [row.get("round") for row in records]
-    if rounds != list(range(1, summary["rounds"] + 1)):
+    if summary["rounds"] != len(rounds) or rounds != list(range(1, len(rounds) + 1)):
         raise FeddipError(f"damaged: metrics.jsonl has {len(records)} rounds, finished.json says {summary['rounds']}")
     if missing := sorted({name for row in records for name in _NEEDED if not isinstance(row.get(name), (int, float))}):
         raise FeddipError(f"damaged, or of another version: metrics.jsonl lacks {', '.join(missing)}")
+    if wrong := sorted({name for row in records for name in metrics.misfits(row)}):
+        raise FeddipError(f"damaged: metrics.jsonl has something else than finite numbers as {', '.join(wrong)}")
     histogram, names, remark = _partition(folder, settings, {} if partitions is None else partitions)
     return Run(
         path, settings, records, summary, _hardware(folder, records, summary), _label(path, settings), histogram, names,
@@ -183,7 +191,7 @@ def _records(folder: RunFolder) -> list[metrics.Record]:
         records = metrics.read(folder.metrics)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FeddipError(f"damaged: metrics.jsonl cannot be read ({' '.join(str(error).split())})") from None
     if not all(isinstance(row, dict) for row in records):
         raise FeddipError("damaged: metrics.jsonl has a line that is no record")
@@ -193,11 +201,20 @@ def _records(folder: RunFolder) -> list[metrics.Record]:
 def _summary(folder: RunFolder) -> dict[str, Any]:
     try:
         summary = json.loads(folder.finished.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FeddipError(f"damaged: finished.json cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(summary, dict) or not all(isinstance(summary.get(k), (int, float)) for k in _SUMMARY_NEEDED):
-        raise FeddipError(f"damaged, or of another version: finished.json lacks one of {', '.join(_SUMMARY_NEEDED)}")
+    if not isinstance(summary, dict) or not all(_is_finite(summary.get(name)) for name in _SUMMARY_NEEDED):
+        raise FeddipError(
+            f"damaged, or of another version: finished.json lacks one of {', '.join(_SUMMARY_NEEDED)}, or it is no finite number"
+        )
+    for name in ("versions", "hardware"):
+        if not isinstance(summary.get(name) or {}, dict):
+            raise FeddipError(f"damaged: finished.json has no names and values as {name}")
     return summary
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _hardware(folder: RunFolder, records: Sequence[Row], summary: Row) -> Hardware:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ _LATEX = (
     ("\\", "\x00"), ("{", r"\{"), ("}", r"\}"), ("\x00", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("$", r"\$"),
     ("#", r"\#"), ("_", r"\_"), ("~", r"\textasciitilde{}"), ("^", r"\textasciicircum{}"),
 )  # fmt: skip
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# What Markdown and the HTML in it would take for their own.
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
 
 
 def summary_rows(made: Sequence[Line], letters: Mapping[Hardware, str]) -> list[dict[str, Any]]:
@@ -106,12 +112,17 @@ def round_rows(made: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as CSV with a header; None is empty."""
+    """Rows of equal keys as CSV with a header; None is empty, text that could be a formula begins with an apostrophe."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["empty"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula, behind the apostrophe that keeps it text; a label may be anything."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in _FORMULA else value
 
 
 def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
@@ -151,7 +162,7 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     of_most = max({group.seeds for group in every}, key=[group.seeds for group in every].count)
     rows = {group.label: group for group in sorted(every, key=_rank)}  # in the order in which a label comes first
     lines = [
-        f"{name}. Accuracy of the pruned model on the test images, mean of the "
+        f"{in_markdown(name)}. Accuracy of the pruned model on the test images, mean of the "
         f"{summaries.last_evaluations(every)}: {_over(of_most)}; uploads of all clients in all "
         "rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
         "| method | " + " | ".join(f"{summaries.capital(partition)}, {level:.4g}" for partition, level in columns) + " |",
@@ -159,8 +170,10 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     ]  # fmt: skip
     for label, first in rows.items():
         cells = [_markdown_cell(label, family[partition], level, of_most) for partition, level in columns]
-        lines.append(f"| {first.name}{'' if first.prunes else ' (dense)'} | " + " | ".join(cells) + " |")
-    beside = sorted({f"{g.name} {g.sparsity:.4g}" for g in every if g.prunes and abs(g.sparsity - g.level) > 1e-4})
+        lines.append(f"| {in_markdown(first.name)}{'' if first.prunes else ' (dense)'} | " + " | ".join(cells) + " |")
+    beside = sorted(
+        {f"{in_markdown(g.name)} {g.sparsity:.4g}" for g in every if g.prunes and abs(g.sparsity - g.level) > 1e-4}
+    )
     lines += ["", f"Ended beside the sparsity asked for: {', '.join(beside)}."] if beside else []
     return "\n".join(lines) + "\n"
 
@@ -233,7 +246,13 @@ def _signed(difference: float | None) -> str:
 
 
 def escape(text: str) -> str:
-    """Text for LaTeX."""
+    """Text for LaTeX; what cannot be seen, an empty line among it, is a space."""
+    text = "".join(character if character.isprintable() else " " for character in text)
     for character, command in _LATEX:
         text = text.replace(character, command)
     return text
+
+
+def in_markdown(text: str) -> str:
+    """Text in one line of Markdown, also in a cell of a table."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))

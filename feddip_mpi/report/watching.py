@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feddip_mpi import config, run_folder
+from feddip_mpi import config, metrics, run_folder
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import terminal
 from feddip_mpi.report.summaries import PHASES
@@ -82,9 +82,9 @@ def records(path: Path) -> list[Row]:
     for line in _text(path, None).split("\n")[:-1]:  # behind the last line break is nothing, or half a line
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("round"), int):
+        if isinstance(row, dict) and row.get("round") is not None and not metrics.misfits(row):
             found.append(row)
     return found
 

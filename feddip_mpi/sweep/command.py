@@ -38,6 +38,7 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
         FeddipError: some cells failed; the others are finished.
         Stopped: by a signal; the cells at work have saved.
     """
+    words = _words(launcher, not for_slurm)
     cells = grid.load(Path(path))
     folder = Path(out) if out else Path("runs") / Path(path).stem
     found = [states.look(cell, folder) for cell in cells]
@@ -45,10 +46,12 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
     states.require_none_refused(cells, found, folder)
     left = [c for c, s in zip(cells, found, strict=True) if s.kind in (states.NEW, states.UNFINISHED, states.BUSY)]
     if not left:
+        if not dry:  # they may have been lost since, or the grid may call its cells otherwise
+            _prepare(cells, folder)
         terminal.say(f"all {len(cells)} cells are finished")
         return
     _check_data(left, here=not for_slurm)
-    commands = runner.Commands(folder, shlex.split(launcher))
+    commands = runner.Commands(folder, words)
     _show_estimate(_estimate(cells, found, folder, commands, trial and not for_slurm), jobs, folder)
     if not dry:
         _prepare(cells, folder)
@@ -59,6 +62,17 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
         )
     elif not dry:
         _run(left, folder, commands, jobs)
+
+
+def _words(launcher: str, here: bool) -> list[str]:
+    """The launcher as words. Raises InputError where it is none that can be started (if `here`), before a cell fails by it."""
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise InputError(f"--launcher {launcher!r}: {error}; quote it as a shell would want it") from None
+    if words and here and shutil.which(words[0]) is None:
+        raise InputError(f"--launcher {launcher!r}: no program {words[0]!r} on PATH; name one, or load its module")
+    return words
 
 
 def _run(left: Sequence[Cell], out: Path, commands: runner.Commands, jobs: int) -> None:
@@ -186,7 +200,11 @@ def _try(cell: Cell, commands: runner.Commands) -> Pace | None:
         tried = Cell("trial", config.override(cell.config, small))
         started = time.monotonic()
         own = runner.Commands(Path(place), commands.launcher)
-        own.start(tried).wait()
+        process = own.start(tried)
+        try:
+            process.wait()
+        finally:  # Ctrl-C reaches this process alone
+            runner.end(process)
         whole = time.monotonic() - started
         records = states.records(RunFolder(Path(place) / "trial"))
         if records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,8 +107,12 @@ def seconds_left(config: Config, pace: Pace, images: int, done: int) -> float:
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files below a folder hold."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """What the files below a folder hold; those that go meanwhile hold nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def most_bytes(config: Config, size: int, prunable: int) -> int:

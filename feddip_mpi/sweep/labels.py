@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from feddip_mpi import hdf5
@@ -14,17 +16,30 @@ _FILE = "cells.json"
 
 def write(labels: Mapping[str, Mapping[str, str]], out: Path) -> None:
     """Add the labels of some cells, by name and axis; those of other grids' cells in the same folder stay."""
+    before = read(out)
+    if all(before.get(name) == own for name, own in labels.items()):  # a folder that is done may be read-only
+        return
     path = out / BESIDE / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    both = read(out) | {name: dict(own) for name, own in labels.items()}
-    hdf5.write_text(path, json.dumps(both, indent=1) + "\n")
+    with _alone(path.with_name(f".{_FILE}.lock")):
+        both = read(out) | {name: dict(own) for name, own in labels.items()}
+        hdf5.write_text(path, json.dumps(both, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Sweeps that begin together would each write what they have read before, without what the others add."""
+    with open(lock, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read(out: Path) -> dict[str, dict[str, str]]:
     """All labels of a sweep's folder, by cell and axis; empty where there are none that can be read."""
     try:
         found = json.loads((out / BESIDE / _FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}

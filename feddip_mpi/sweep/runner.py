@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -103,6 +104,14 @@ class Commands:
             return False
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and all that its launcher has started, if it still runs; nothing of it is kept."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def write_config(cell: Cell, out: Path) -> Path:
     """The cell's configuration as a file beside the run folders."""
     path = out / BESIDE / f"{cell.name}.yaml"
@@ -141,7 +150,12 @@ def run(
                 )
                 say(f"{cell.name}: {state.remark}")
                 continue
-            at_work.append(_Job(cell, commands.start(cell)))
+            try:
+                at_work.append(_Job(cell, commands.start(cell)))
+            except OSError as error:  # those at work go on
+                outcomes.append(Outcome(cell.name, "failed", 0.0, f"cannot be started ({error})"))
+                say(_line(outcomes[-1]))
+                continue
             what = f"goes on after round {state.rounds}" if state.kind == states.UNFINISHED else "starts"
             say(f"[{count - len(waiting)}/{count}] {cell.name}: {what}")
         for job in list(at_work):

@@ -13,6 +13,8 @@ from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
 from feddip_mpi.sweep.grid import Cell
 
+_MEASURED = ("train_seconds", "evaluate_seconds", "round_seconds", "samples")
+
 NEW, UNFINISHED, FINISHED, BUSY, REFUSED = "new", "unfinished", "finished", "busy", "refused"
 
 
@@ -58,11 +60,13 @@ def look(cell: Cell, out: Path) -> State:
 
 
 def records(folder: RunFolder) -> list[metrics.Record]:
-    """The rounds in a folder's metrics; none where these cannot be read."""
+    """The rounds in a folder's metrics; none where these cannot be read, or lack what an estimate takes of them."""
     try:
-        return metrics.read(folder.metrics)
-    except (OSError, ValueError):
+        found = metrics.read(folder.metrics)
+    except (OSError, ValueError, RecursionError):
         return []
+    whole = all(isinstance(row, dict) and not metrics.misfits(row) for row in found)
+    return found if whole and all(row.get(name) is not None for row in found for name in _MEASURED) else []
 
 
 def differences(there: Config, wanted: Config) -> list[str]:

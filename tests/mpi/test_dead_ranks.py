@@ -20,22 +20,23 @@ pytestmark = pytest.mark.mpi
 
 TINY = {"model__name": "small_models:dropping", "recovery_timeout": 20}
 DROP = {"upload__residual": "drop", "on_rank_failure": "continue"}
+SEVEN = {"model__name": "small_models:side_by_side", "participants": 7, "checkpoint__background": False}
 
 
 @pytest.fixture(scope="module")
 def never_failed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs `keep`, `drop` and `ssfl` on one rank."""
+    """The runs `keep`, `drop`, `ssfl` and `seven` on one rank."""
     folder = tmp_path_factory.mktemp("never")
-    cases: dict[str, dict[str, Any]] = {"keep": {}, "drop": DROP, "ssfl": {"method": "ssfl"}}
-    argv = [runs.train(config, folder / name, **TINY, **changes) for name, changes in cases.items()]
+    cases: dict[str, dict[str, Any]] = {"keep": {}, "drop": DROP, "ssfl": {"method": "ssfl"}, "seven": SEVEN}
+    argv = [runs.train(config, folder / name, **{**TINY, **changes}) for name, changes in cases.items()]
     runs.play([{"argv": words} for words in argv], folder / "steps", None)
     return folder
 
 
-def killed(config: Path, run: Path, faults: str, ranks: int = 3, **changes: Any) -> launch.Result:
+def killed(config: Path, run: Path, faults: str, ranks: int = 3, sleep: float = 0.0, **changes: Any) -> launch.Result:
     """Train on ranks of which FEDDIP_FAULT kills some; mpirun's exit code says nothing then, and is not looked at."""
-    argv = [*launch.FEDDIP, *runs.train(config, run, **TINY, **changes)]
-    extra = {"FEDDIP_FAULT": faults, "FEDDIP_TEST_FAULTS": "1"}
+    argv = [*launch.FEDDIP, *runs.train(config, run, **{**TINY, **changes})]
+    extra = {"FEDDIP_FAULT": faults, "FEDDIP_TEST_FAULTS": "1", "FEDDIP_TEST_SLEEP": str(sleep)}
     done = launch.run(argv, ranks, "ulfm", 90, extra)
     assert done.orphans == 0, done.text
     return done
@@ -65,6 +66,22 @@ def test_rewind_changes_no_bit_down_to_one_rank(config: Path, never_failed: Path
     rows = runs.lines(run)
     assert [row["round"] for row in rows] == [1, 2, 3, 4, 5], "rows of rounds that were played twice stand there once"
     assert [row["ranks"] for row in rows] == [3, 3, 2, 2, 1]
+    log = (run / "run.log").read_text()
+    assert "rank 1 of the start died: 2 go on after round 2 (rewound to round-000002.h5)" in log
+    assert "rank 1, 0 of the start died: 1 go on after round 4 (rewound to round-000004.h5)" in log
+
+
+def test_rewind_while_clients_train_at_once_changes_no_bit(config: Path, never_failed: Path, tmp_path: Path) -> None:
+    """A rank dies while clients train side by side on all; the others end theirs and begin again, down to one rank."""
+    run = tmp_path / "run"
+    # A client takes 4 batches of at least 20 ms: all are in mid-training when the rank dies.
+    faults = "rank=1 phase=train round=4 delay=30; rank=0 phase=train round=5 delay=30"
+    done = killed(config, run, faults, 3, 0.02, clients_at_once=2, **SEVEN)
+    assert (run / "finished.json").exists(), done.text
+    assert lost_ranks(run) == [1, 0]
+    ours, theirs = (runs.contents(runs.newest(path)) for path in (never_failed / "seven", run))
+    assert [name for name in ours if ours[name] != theirs[name]] == ["config"] and len(ours) == len(theirs)
+    assert [row["ranks"] for row in runs.lines(run)] == [3, 3, 2, 2, 1]
     log = (run / "run.log").read_text()
     assert "rank 1 of the start died: 2 go on after round 2 (rewound to round-000002.h5)" in log
     assert "rank 1, 0 of the start died: 1 go on after round 4 (rewound to round-000004.h5)" in log

@@ -324,3 +324,18 @@ def test_the_reference_has_one_row_per_key_with_its_range() -> None:
     assert "| `server_memory` | on | on, off, published | " in config.reference()
     assert "| `penalty.schedule` | steps | steps, published, constant, linear, off | " in config.reference()
     assert "| `checkpoint.minutes` | none | number > 0 | " in config.reference()
+
+
+def test_a_mapping_may_bring_in_another_one() -> None:
+    """YAML's `<<`: what is given beside it wins, wherever the other one stands; a key given twice is still refused."""
+    text = "b: &b {x: 0, y: 2}\ndeep: {more: {a: &a {<<: *b, x: 1}}}\nlast: {<<: [*a, *b], z: 3}\n"
+    read = config.read_mapping(text, "a file")
+    assert read["deep"] == {"more": {"a": {"x": 1, "y": 2}}}
+    assert read["last"] == {"x": 1, "y": 2, "z": 3}
+    for twice in ("a: {<<: {x: 1}, x: 2, x: 3}", "a: {<<: {x: 1}, <<: {x: 2}}", "a: {<<: {x: 1, x: 2}}"):
+        with pytest.raises(InputError, match="given twice"):
+            config.read_mapping(twice, "a file")
+    bomb = "k0: &k0 {x: 1}\n" + "".join(
+        f"k{n}: &k{n} {{<<: [{', '.join([f'*k{n - 1}'] * 9)}]}}\n" for n in range(1, 12)
+    )
+    assert config.read_mapping(bomb, "a file")["k11"] == {"x": 1}

@@ -13,7 +13,16 @@ from feddip_mpi.errors import InputError
         ("rounds=2.5e1", "write 25$"),
         ("control.upload_bytes=1e6", "control.upload_bytes: got '1e6'; .*; write 1000000$"),
         ("data.synthetic=5", "data.synthetic: got 5; .* section .*shape, classes, train_samples, test_samples$"),
-        ("mask=erk", "mask: got 'erk'; .* section .*every, initial, rescale, freeze_after$"),
+        ("control.upload_bytes=on", "control.upload_bytes: got True; .* reads a bare on, off, yes and no as a switch$"),
+        ("data.synthetic.shape=[on, 12, 12]", "shape: got .True, 12, 12.; .* reads a bare on, off"),
+        (
+            f"rounds={10**30}",
+            "rounds: got 1000000000000000000000000000000; .* less than or equal to 9223372036854775807$",
+        ),
+        (f"penalty.steps={10**400}", "penalty.steps: got 1000.*; .* less than or equal to 9223372036854775807$"),
+        (f"data.synthetic.shape=[1, {10**30}, 3]", "shape: got .*; .* less than or equal to 9223372036854775807$"),
+        ("data" + ".data" * 3000 + "=1", "is no key: none has more than 9 dots$"),
+        ("mask=erk", "mask: got 'erk'; .* section .*every, initial, allocation, rescale, freeze_after$"),
     ],
 )
 def test_the_message_says_what_to_write(override: str, message: str) -> None:
@@ -27,3 +36,11 @@ def test_what_is_no_whole_number_gets_no_proposal(text: str) -> None:
     with pytest.raises(InputError, match="rounds: got") as told:
         config.parse("", [f"rounds={text}"])
     assert "; write" not in str(told.value)
+
+
+@pytest.mark.parametrize("key", ["watchdog", "control.upload_bytes", "checkpoint.minutes", "data.path"])
+def test_none_may_be_written_as_the_reference_writes_it(key: str) -> None:
+    assert config.flat(config.parse("", [f"{key}=none"]))[key] is None
+    assert config.parse("", ["method=fedavg", "mask.initial=none"]).mask.initial == "none", (
+        "where it is a word it stays"
+    )

@@ -225,9 +225,12 @@ def test_synthetic_data_is_a_function_of_the_seed_alone(monkeypatch):
     assert first.mean == again.mean
 
 
-def test_synthetic_data_that_does_not_fit_is_refused():
+@pytest.mark.parametrize(
+    "options", [{"train_samples": 10**15}, {"train_samples": 2**63 - 1}, {"shape": [1, 10**17, 3]}]
+)
+def test_synthetic_data_that_does_not_fit_is_refused(options):
     with pytest.raises(InputError, match="do not fit into memory"):
-        synthetic(train_samples=10**15)
+        synthetic(**options)
 
 
 def test_downloads_are_encrypted_and_checked():

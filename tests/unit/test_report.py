@@ -18,6 +18,7 @@ from feddip_mpi.errors import InputError
 from feddip_mpi.report import drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
 from feddip_mpi.run_folder import Lock, RunFolder
+from feddip_mpi.sweep import labels
 
 
 def groups_of(folder: Path) -> list[Group]:
@@ -69,6 +70,70 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     }
     assert reasons.keys() == expected.keys()
     assert all(text in reasons[name] for name, text in expected.items()), reasons
+
+
+def change(run: Path, **values: Any) -> None:
+    """Other values in all rounds of a run, or with `finished__` before the name in its summary."""
+    told = {name.removeprefix("finished__"): value for name, value in values.items() if name.startswith("finished__")}
+    summary, rows = run / "finished.json", run / "metrics.jsonl"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | told))
+    new = {name: value for name, value in values.items() if not name.startswith("finished__")}
+    rows.write_text("".join(json.dumps(json.loads(line) | new) + "\n" for line in rows.read_text().splitlines()))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"test_accuracy": float("nan")}, "finite numbers as test_accuracy"),
+        ({"update_norm": float("inf"), "ranks": "two"}, "finite numbers as ranks, update_norm"),
+        ({"train_seconds": 10**400}, "finite numbers as train_seconds"),
+        ({"sparsity_by_layer": [0.1]}, "finite numbers as sparsity_by_layer"),
+        ({"client_accuracy": "high"}, "finite numbers as client_accuracy"),
+        ({"finished__test_accuracy": float("nan")}, "or it is no finite number"),
+        ({"finished__rounds": True}, "or it is no finite number"),
+        ({"finished__rounds": 10**15}, "has 3 rounds, finished.json says 1000000000000000"),
+        ({"finished__versions": "1"}, "no names and values as versions"),
+        ({"finished__hardware": [1]}, "no names and values as hardware"),
+    ],
+)
+def test_what_is_no_number_is_listed_and_the_others_are_reported(
+    values: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    made_runs.make(tmp_path / "good")
+    change(made_runs.make(tmp_path / "wrong", seed=2), **values)
+    found = runs.find([tmp_path])
+    assert [run.name for run in found.runs] == ["good"]
+    assert [(item.path.name, reason in item.reason) for item in found.left_out] == [("wrong", True)], found.left_out
+
+
+def test_a_folder_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "good")
+    made_runs.make(tmp_path / "b\udcff", seed=2)
+    found = runs.find([tmp_path])
+    assert [run.name for run in found.runs] == ["good"]
+    assert [(item.path.name, item.reason) for item in found.left_out] == [
+        ("b\ufffd", "its name is not UTF-8; rename it")
+    ]
+
+
+def test_labels_are_text_in_every_table(tmp_path: Path) -> None:
+    said = {"a": "=1+1", "b": "x|y <b>z</b>\nw", "c": "-2", "d": "plain_1"}
+    for number, name in enumerate(said):
+        made_runs.make(tmp_path / name, keys={"learning_rate": 0.1 + 0.01 * number})
+    labels.write({name: {"method": label} for name, label in said.items()}, tmp_path)
+    made = summaries.groups(runs.find([tmp_path]).runs)
+    lines, letters = summaries.lines(made), summaries.hardware_letters([run for group in made for run in group.runs])
+    rows = list(csv.DictReader(tables.to_csv(tables.summary_rows(lines, letters)).splitlines(True)))
+    # A newline in a label is quoted; what a spreadsheet would compute is behind an apostrophe, and numbers are not.
+    assert {row["method"] for row in rows} == {"'=1+1", "x|y <b>z</b>\nw", "'-2", "plain_1"}
+    assert tables.to_csv([{"a": -1.5, "b": "@x", "c": None}]) == "a,b,c\n-1.5,'@x,\n"
+    ((name, family),) = summaries.families(made).items()
+    table = [line for line in tables.to_markdown(name, family).splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(said), "a row a method"
+    assert any(line.startswith(r"| x\|y \<b\>z\</b\> w | 0.4") for line in table)
+    assert any(line.startswith("| plain_1 | ") for line in table)
+    latex = tables.to_latex(lines, letters)
+    assert r"x|y <b>z</b> w & 0.9" in latex and r"plain\_1 & 0.9" in latex
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -415,3 +480,13 @@ def test_an_earlier_report_is_replaced_and_nothing_else(
     with pytest.raises(InputError, match="holds files that are no report"):
         page.report([str(study)], str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_report_that_was_interrupted_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_runs.make(tmp_path / "runs" / "one")
+    out = tmp_path / "out"
+    monkeypatch.setattr(page, "_overviews", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for _ in range(2):  # the second time the folder is allowed, or InputError would say that it holds something else
+        with pytest.raises(KeyboardInterrupt):
+            page.report([str(tmp_path / "runs")], str(out))
+        assert "not complete" in (out / page.PAGE).read_text() and (out / "figures").is_dir()

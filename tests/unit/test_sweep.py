@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import re
 import shutil
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -230,6 +232,16 @@ def test_estimate_from_cells_of_the_sweep(tmp_path: Path) -> None:
     assert result.bytes_are == "as finished cells"
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", "3", '{"round": 1, "train_seconds": "long"}', "[" * 100_000])
+def test_damaged_metrics_are_no_rounds(line: str, tmp_path: Path) -> None:
+    (cell,) = cells("grid: {seed: [1]}")
+    begun(cell, tmp_path, 1).metrics.write_text(line + "\n")
+    found = [states.look(cell, tmp_path)]
+    assert found == [State(states.UNFINISHED)]
+    assert estimate.known_paces([cell], found, tmp_path) == {}
+    assert states.records(begun(cells("grid: {seed: [2]}")[0], tmp_path, 3))[2]["round"] == 3
+
+
 def test_estimate_without_a_round_says_so(tmp_path: Path) -> None:
     (cell,) = cells("grid: {seed: [1]}")
     result = estimate.estimate([cell], [State(states.NEW)], tmp_path, {}, lambda c: 40, lambda c: (10, 8))
@@ -373,7 +385,85 @@ def test_two_grids_may_share_a_folder(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"seed-1": 3}'])
+def _add_labels(number: int, out: Path) -> None:
+    for cell in range(5):
+        labels.write({f"grid-{number}-{cell}": {"method": str(number)}}, out)
+
+
+def test_grids_that_begin_together_lose_no_labels(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_add_labels, args=(number, tmp_path)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert len(labels.read(tmp_path)) == 20
+
+
+def test_the_same_command_brings_lost_labels_back(tmp_path: Path) -> None:
+    """Also where all cells are finished."""
+    grid_file, out = tmp_path / "grid.yaml", tmp_path / "out"
+    grid_file.write_text(
+        "base: {rounds: 2, data.name: synthetic}\ngrid: {method: {plain: {method: fedavg}}, seed: [1, 2]}\n"
+    )
+    for cell in grid.load(grid_file):
+        begun(cell, out, 2, finished=True)
+    (out / "_sweep").mkdir()
+    (out / "_sweep" / "cells.json").write_text("{")
+    command.sweep(str(grid_file), str(out), 1, "", False, True)
+    assert labels.read(out) == {}, "a dry run writes nothing"
+    command.sweep(str(grid_file), str(out), 1, "", False, False)
+    assert labels.read(out) == {"plain_seed-1": {"method": "plain"}, "plain_seed-2": {"method": "plain"}}
+    written = (out / "_sweep" / "cells.json").stat().st_mtime_ns
+    command.sweep(str(grid_file), str(out), 1, "", False, False)
+    assert (out / "_sweep" / "cells.json").stat().st_mtime_ns == written, "what stands there already is not written"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"), [("no-such-launcher -n 2", "no program 'no-such-launcher'"), ("'", "quotation")]
+)
+def test_a_launcher_that_cannot_be_started_is_refused_at_once(launcher: str, said: str, tmp_path: Path) -> None:
+    grid_file = tmp_path / "grid.yaml"
+    grid_file.write_text("base: {data.name: synthetic}\ngrid: {seed: [1]}\n")
+    with pytest.raises(InputError, match=f"--launcher .*{said}"):
+        command.sweep(str(grid_file), str(tmp_path / "out"), 1, launcher, False, False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_cannot_be_started_does_not_stop_the_rest(tmp_path: Path) -> None:
+    class Full(Fake):
+        def start(self, cell: Cell) -> FakeProcess:  # type: ignore[override]
+            if cell.name == "seed-2":
+                raise OSError(28, "No space left on device")
+            return super().start(cell)
+
+    made = cells("grid: {seed: [1, 2, 3]}")
+    outcomes = runner.run(made, tmp_path, Full(tmp_path, {}, 5), 2, lambda text: None, runner.Stop())
+    assert {o.name: o.kind for o in outcomes} == {"seed-1": "finished", "seed-2": "failed", "seed-3": "finished"}
+    assert [o.error for o in outcomes if o.error] == ["cannot be started ([Errno 28] No space left on device)"]
+
+
+def test_a_trial_that_is_interrupted_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command is in a session of its own, which Ctrl-C does not reach."""
+    begun_processes = []
+
+    def start(self: runner.Commands, cell: Cell) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        begun_processes.append(process)
+        monkeypatch.setattr(process, "wait", interrupted)
+        return process
+
+    def interrupted() -> int:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Commands, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        command._try(cells("grid: {seed: [1]}")[0], runner.Commands(tmp_path))
+    assert begun_processes[0].poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"seed-1": 3}', "[" * 100_000])
 def test_labels_that_cannot_be_read_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "_sweep").mkdir()
     (tmp_path / "_sweep" / "cells.json").write_text(text)

@@ -15,7 +15,7 @@ from alone import Alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from feddip_mpi import config, federation, rounds
+from feddip_mpi import config, federation, generators, rounds
 from feddip_mpi.errors import Abandoned, InputError, NumericalError
 from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
@@ -48,6 +48,45 @@ class Global(Dropping):
 
 
 _ONE = Dropping(2, (6, 6), 3)
+_DROPOUT, _NORM, _WEIGHT, _STEPS = (
+    Dropout(0.3),
+    nn.BatchNorm2d(8, affine=False),
+    nn.Parameter(torch.ones(8)),
+    torch.zeros(1, dtype=torch.int64),
+)
+_FIXED = torch.full((8, 1, 1), 0.1)
+
+
+class Common(Dropping):
+    """Networks that have one part in common."""
+
+    part = ""
+
+    def __init__(self, in_channels: int, image_size: tuple[int, int], classes: int) -> None:
+        super().__init__(in_channels, image_size, classes)
+        self.dropout = _DROPOUT if self.part == "dropout" else Dropout(0.3)
+        self.norm = _NORM if self.part == "norm" else nn.BatchNorm2d(8)
+        self.register_parameter("scale", _WEIGHT if self.part == "scale" else nn.Parameter(torch.ones(8)))
+        self.register_buffer("steps", _STEPS if self.part == "steps" else torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("fixed", _FIXED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale.mean()
+
+
+def common(part: str) -> type[Common]:
+    return type(f"Common_{part}", (Common,), {"part": part})
+
+
+Common_dropout, Common_norm, Common_scale, Common_steps = map(common, ("dropout", "norm", "scale", "steps"))
+
+
+class Late(Global):
+    """Draws from the global generators in batches of more than two images only, which the trial does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dropout.train(self.training and len(x) > 2)
+        return super().forward(x)
 
 
 def the_same_again(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
@@ -241,17 +280,38 @@ def test_results_that_wait_are_bounded_and_in_order() -> None:
 def test_a_network_that_draws_from_the_global_generators_is_refused() -> None:
     alone = build(1, "Global")
     play(alone, rounds.initial_state(alone))
-    built = build(2, "Global")
+    message = "clients_at_once: got 2, but the network draws from the global random gener"
+    with pytest.raises(InputError, match=message):  # also where each rank would begin with one client a round
+        build(2, "Global", participants=1)
+    built = build(2, "Late")
     state = rounds.initial_state(built)
     before = bits(state)
-    with pytest.raises(InputError, match="clients_at_once: got 2, but the network draws from the global random gener"):
+    with pytest.raises(InputError, match=message):
         play(built, state)
     assert bits(state) == before
+    global_before = generators.states()
+    build(2)
+    assert generators.states() == global_before
 
 
 def test_a_network_that_is_made_once_only_is_refused() -> None:
     with pytest.raises(InputError, match="clients_at_once: got 2, but .* returns the same network"):
         build(2, "the_same_again")
+
+
+@pytest.mark.parametrize("part", ["dropout", "norm", "scale", "steps"])
+def test_networks_with_a_part_in_common_are_refused(part: str) -> None:
+    with pytest.raises(InputError, match=rf"clients_at_once: got 2, but .* returns the same \w+ {part} when"):
+        build(2, f"Common_{part}")
+
+
+def test_networks_may_have_a_constant_in_common() -> None:
+    found = []
+    for at_once in (1, 3):
+        built = build(at_once, "Common")
+        play(built, state := rounds.initial_state(built))
+        found.append(bits(state))
+    assert found[0] == found[1]
 
 
 class OneHook(FedDIP):

@@ -57,6 +57,18 @@ def test_half_a_line_is_no_round(running: RunFolder, cut: int) -> None:
     assert [row["round"] for row in watching.look(running).records] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"test_accuracy": "high"}, {"round_seconds": []}, {"round": True}, {"sparsity": "half"}]
+)
+def test_a_record_of_something_else_is_passed_over(running: RunFolder, wrong: dict[str, object]) -> None:
+    lines = running.metrics.read_text().splitlines(True)
+    foreign = json.dumps(json.loads(lines[0]) | {"round": 9} | wrong)
+    running.metrics.write_text("".join([*lines[:2], foreign + "\n", "[" * 100_000 + "\n"]))
+    view = watching.look(running)
+    assert [row["round"] for row in view.records] == [1, 2]
+    assert dict(watching.rows(view))["round"].startswith("2 of ")
+
+
 def test_finished(tmp_path: Path) -> None:
     found = shown(RunFolder(made_runs.make(tmp_path / "run")))
     assert found["state"] == "finished" and "time left" not in found and "last written" not in found

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from feddip_mpi import checkpoint, codec
 from feddip_mpi.data import Dataset, synthetic
 from feddip_mpi.errors import PeerError
+from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.settings import DataConfig
 
 
@@ -63,6 +64,25 @@ class Dropping(nn.Module):
 
 def dropping(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
     return Dropping(in_channels * image_size[0] * image_size[1], classes)
+
+
+class SideBySide(nn.Module):
+    """Has batch norm, and a dropout that clients may train with at once; sleeps as FEDDIP_TEST_SLEEP says."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(inputs, 16), nn.BatchNorm1d(16), nn.ReLU(), Dropout(0.5))
+        self.head = nn.Linear(16, classes)
+        self.pause = float(os.environ.get("FEDDIP_TEST_SLEEP", "0"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(self.pause)
+        return self.head(self.body(images.flatten(1)))
+
+
+def side_by_side(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
+    return SideBySide(in_channels * image_size[0] * image_size[1], classes)
 
 
 class Pair(Dropping):
