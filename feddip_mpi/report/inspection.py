@@ -79,10 +79,9 @@ def _layers(loaded: Loaded) -> list[dict[str, Any]]:
 
 
 def _pruned_bytes(loaded: Loaded) -> int:
-    """What the pruned model takes in the sparse form of `export`, without the file's header."""
+    """The file that `export` writes in its sparse form, but for batch counters, for which the network would have to be built."""
     tensors = {name: torch.from_numpy(loaded.tensors[name]) for name in loaded.layout_names}
-    stored, _ = export.to_sparse(tensors, loaded.masks)
-    return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    return len(export.sparse_file(tensors, loaded))
 
 
 def config_text(path: Path) -> str:
