@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from feddip_mpi import checkpoint, config, export
+from feddip_mpi import checkpoint, config, export, run_folder
 from feddip_mpi.checkpoint import Loaded
 from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
 from feddip_mpi.report import terminal
@@ -172,5 +172,8 @@ def _files(paths: Sequence[str]) -> list[tuple[Path, InputError | None]]:
         inside = checkpoint.listed(checkpoint.folder_of(path))
         found += [(file, None) for file in inside]
         if not inside:
-            found.append((path, InputError(f"{path}: no checkpoint (round-NNNNNN.h5) in this folder")))
+            way_out = run_folder.name_one_of(path)
+            found.append(
+                (path, InputError(f"{path}: no checkpoint (round-NNNNNN.h5) in this folder{way_out and '; '}{way_out}"))
+            )
     return found

@@ -121,7 +121,7 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
         *textwrap.wrap(f"{config.method}: {methods.named(config.method).summary}", 78),
         _mask_text(config, updates, plan[-1]["sparsity"]),
         *_regrow_text(config, plan),
-        *([] if known else ["how many weights are kept on the way depends on them: planned is what sparsity.* asks for"]),
+        *([] if known else ["weights kept on the way depend on the clients: planned is what sparsity.* asks for"]),
         f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "
         f"{size(total / len(plan) / config.participants)} each on average",
         f"dense float32 would take {size(dense)}: {dense / max(1, total):.1f} times as much",
