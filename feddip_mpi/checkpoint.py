@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from feddip_mpi import __version__, config, hdf5, masks, metrics, runtime
+from feddip_mpi import __version__, config, hdf5, masks, metrics, run_folder, runtime
 from feddip_mpi.errors import DamagedFileError, InputError
 from feddip_mpi.hdf5 import Item, Reader
 from feddip_mpi.residuals import Residual
@@ -357,7 +357,9 @@ def newest(folder: Path) -> tuple[Loaded, list[str]]:
     refused: list[str] = []
     paths = listed(folder)
     if not paths:
-        raise InputError(f"{folder}: no checkpoint (round-NNNNNN.h5) to resume from; start the run with `train`")
+        named = folder.parent if folder.name == "checkpoints" else folder
+        way_out = run_folder.name_one_of(named) or "start the run with `train`"
+        raise InputError(f"{folder}: no checkpoint (round-NNNNNN.h5) in this folder; {way_out}")
     for path in reversed(paths):
         try:
             return load(path), refused

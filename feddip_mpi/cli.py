@@ -405,6 +405,7 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
         alone = not error.shared and comm.size > 1
         if alone or comm.rank == 0:
             _complain(error)
+            runtime.log.info("%s: %s", _kind(error), error)  # in run.log, too, where rank 0 has begun one
         if alone:  # the others know nothing of it and wait for this rank
             print(f"rank {comm.rank} failed: ending all ranks", file=sys.stderr)
             comm.abort(error.exit_code)
@@ -425,8 +426,11 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
 
 
 def _complain(error: FeddipError) -> None:
-    label = "stopped" if isinstance(error, Stopped) else "error"
-    print(f"{label}: {error}", file=sys.stderr, flush=True)
+    print(f"{_kind(error)}: {error}", file=sys.stderr, flush=True)
+
+
+def _kind(error: FeddipError) -> str:
+    return "stopped" if isinstance(error, Stopped) else "error"
 
 
 def main() -> None:

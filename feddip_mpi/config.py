@@ -35,9 +35,16 @@ _WITHOUT_MEANING = (
 )  # fmt: skip
 
 
-def is_without_meaning(key: str) -> bool:
-    """Whether runs that differ in this key alone are the same experiment."""
+def is_without_meaning(key: str, settings: Config) -> bool:
+    """Whether runs that differ from these settings in this key alone are the same experiment."""
+    if key == "data.path" and holds_own_data(settings):
+        return False
     return key in _WITHOUT_MEANING or key.startswith("checkpoint.")
+
+
+def holds_own_data(settings: Config) -> bool:
+    """Whether `data.path` says what the data are; a public data set is the same wherever it lies."""
+    return settings.data.name in ("npz", "hdf5") or ":" in settings.data.name
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:

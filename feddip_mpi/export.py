@@ -66,6 +66,8 @@ class Exported:
         file_bytes: size of the file.
         dense_bytes: the same model with every value stored: 4 bytes each, counters 8.
         kept, prunable: prunable weights that are left, and all of them.
+        network: how `models.create` makes the network.
+        normalisation: what the network takes as its input.
     """
 
     path: Path
@@ -74,6 +76,8 @@ class Exported:
     dense_bytes: int
     kept: int
     prunable: int
+    network: str
+    normalisation: str
 
     @property
     def ratio(self) -> float:
@@ -118,7 +122,21 @@ def export(loaded: Loaded, path: Path, form: str | None = None, force: bool = Fa
         dense_bytes=dense_bytes,
         kept=int(loaded.server.mask.sum()),
         prunable=loaded.server.mask.numel(),
+        network=_network(loaded),
+        normalisation=_normalisation(loaded),
     )
+
+
+def _network(loaded: Loaded) -> str:
+    depth, height, width = loaded.input_shape
+    return f"feddip_mpi.models.create({loaded.config.model.name!r}, {depth}, ({height}, {width}), {loaded.classes})"
+
+
+def _normalisation(loaded: Loaded) -> str:
+    if not loaded.mean:
+        return "float32 images, normalised as in training"
+    mean, std = (f"[{', '.join(f'{value:.6g}' for value in values)}]" for values in (loaded.mean, loaded.std))
+    return f"float32 (pixel / 255 - mean) / std by channel, mean {mean}, std {std}"
 
 
 def report(exported: Exported) -> str:
@@ -145,6 +163,9 @@ def report(exported: Exported) -> str:
             f"read it: model.load_state_dict(feddip_mpi.export.load_sparse({file})), or with "
             f"numpy and safetensors alone:\n\n{snippet}"
         )
+    if exported.form != "small":
+        lines.append(f"model: {exported.network}, or your own copy of this network")
+    lines.append(f"its input: {exported.normalisation}")
     return "\n".join(lines)
 
 
@@ -222,14 +243,21 @@ def _write(path: Path, tensors: Mapping[str, Tensor], loaded: Loaded, form: str)
     from safetensors.torch import save
 
     about = metadata(loaded)
-    stored = dict(tensors)
     if form == "small":
         about |= {"form": "feddip-mpi small 1"}
     if form == "sparse":
-        stored, shapes = to_sparse(tensors, loaded.masks)
-        about |= {"form": "feddip-mpi sparse 1", "shapes": json.dumps(shapes)}
+        path.write_bytes(sparse_file(tensors, loaded))
+        return
     # Bytes first, then the file: `save_file` would choose the file's permissions itself.
-    path.write_bytes(save(stored, about))
+    path.write_bytes(save(dict(tensors), about))
+
+
+def sparse_file(tensors: Mapping[str, Tensor], loaded: Loaded) -> bytes:
+    """All bytes of the sparse form."""
+    from safetensors.torch import save
+
+    stored, shapes = to_sparse(tensors, loaded.masks)
+    return save(stored, metadata(loaded) | {"form": "feddip-mpi sparse 1", "shapes": json.dumps(shapes)})
 
 
 def metadata(loaded: Loaded) -> dict[str, str]:

@@ -16,6 +16,15 @@ from feddip_mpi.runtime import log
 from feddip_mpi.settings import Config
 
 
+def name_one_of(folder: Path) -> str:
+    """The way out where a folder holds run folders, as a sweep's does, and is none itself; empty where it holds none."""
+    try:
+        inside = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    except OSError:
+        return ""
+    return f"it holds {len(inside)} run folders: name one of them, such as {inside[0]}" if inside else ""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Names inside a run's folder."""

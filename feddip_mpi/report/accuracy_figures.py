@@ -258,7 +258,7 @@ def _against_sparsity(
     panel.set_xticks(list(places.values()), [f"{level:.4g}" for level in levels])
     panel.set_xlim(min(places.values()) - 0.4 * gap, max(places.values()) + 0.4 * gap)
     panel.set_ylim(*scale)
-    panel.set_xlabel("zeros among the prunable weights", fontsize=9)
+    panel.set_xlabel("zeros among the prunable weights\n(marks side by side: the same share)", fontsize=9)
     _below(panel, missed, look)
 
 

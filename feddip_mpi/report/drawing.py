@@ -212,12 +212,12 @@ def rounds_below(panel: Axes, groups: Sequence[Group], ticks: int = 8) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=(1, 2, 5, 10)))
 
 
-def few_log_ticks(panel: Axes, low: float, high: float) -> None:
-    """A logarithmic axis of bytes with numbers that do not touch."""
+def few_log_ticks(panel: Axes, low: float, high: float, most: float = 100) -> None:
+    """A logarithmic axis of bytes with numbers that do not touch: over more than `most` times, powers of ten alone."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     panel.set_xlim(low / 1.6, high * 1.8)
-    panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 3.0)))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > most * low else (1.0, 3.0)))
     panel.xaxis.set_minor_formatter(NullFormatter())
 
 

@@ -209,8 +209,8 @@ def _symmetric_log(panel: Axes, linear: float) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     panel.set_yscale("symlog", linthresh=linear, linscale=0.5)
-    panel.set_ylim(bottom=0)
-    top = max(10 * linear, panel.get_ylim()[1])
+    top = max(10 * linear, 1.5 * panel.get_ylim()[1])  # room for the highest mark
+    panel.set_ylim(0, top)
     powers = [linear * 10**n for n in range(12) if linear * 10**n <= top]
     panel.yaxis.set_major_locator(FixedLocator([0, *powers[:: 1 + len(powers) // 5]]))
     panel.yaxis.set_minor_locator(NullLocator())
@@ -232,8 +232,8 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     places = drawing.bar_names(left, groups)
     left.plot(sums, places, linestyle="none", marker="o", color=BLUE)
     left.set_xscale("log")
-    drawing.few_log_ticks(left, sums.min(), sums.max())
-    left.xaxis.set_major_formatter(EngFormatter(unit="B", sep=""))
+    drawing.few_log_ticks(left, sums.min(), sums.max(), most=20)
+    left.xaxis.set_major_formatter(EngFormatter(unit="B"))
     left.set_xlabel("all bytes of the run", fontsize=9)
     names = [name for name in summaries.BYTE_KINDS if any(kinds[name] for kinds in found)]
     labels = [name.removesuffix("_bytes").replace("_", " ") for name in names]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from feddip_mpi import checkpoint, config, export
+from feddip_mpi import checkpoint, config, export, run_folder
 from feddip_mpi.checkpoint import Loaded
 from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
 from feddip_mpi.report import terminal
@@ -79,10 +79,9 @@ def _layers(loaded: Loaded) -> list[dict[str, Any]]:
 
 
 def _pruned_bytes(loaded: Loaded) -> int:
-    """What the pruned model takes in the sparse form of `export`, without the file's header."""
+    """The file that `export` writes in its sparse form, but for batch counters, for which the network would have to be built."""
     tensors = {name: torch.from_numpy(loaded.tensors[name]) for name in loaded.layout_names}
-    stored, _ = export.to_sparse(tensors, loaded.masks)
-    return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    return len(export.sparse_file(tensors, loaded))
 
 
 def config_text(path: Path) -> str:
@@ -173,5 +172,8 @@ def _files(paths: Sequence[str]) -> list[tuple[Path, InputError | None]]:
         inside = checkpoint.listed(checkpoint.folder_of(path))
         found += [(file, None) for file in inside]
         if not inside:
-            found.append((path, InputError(f"{path}: no checkpoint (round-NNNNNN.h5) in this folder")))
+            way_out = run_folder.name_one_of(path)
+            found.append(
+                (path, InputError(f"{path}: no checkpoint (round-NNNNNN.h5) in this folder{way_out and '; '}{way_out}"))
+            )
     return found

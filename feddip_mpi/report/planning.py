@@ -121,12 +121,22 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
         *textwrap.wrap(f"{config.method}: {methods.named(config.method).summary}", 78),
         _mask_text(config, updates, plan[-1]["sparsity"]),
         *_regrow_text(config, plan),
-        *([] if known else ["how many weights are kept on the way depends on them: planned is what sparsity.* asks for"]),
+        *([] if known else _estimated(config)),
         f"uploads: {size(total)} by {config.participants} of {config.clients} clients a round, "
         f"{size(total / len(plan) / config.participants)} each on average",
         f"dense float32 would take {size(dense)}: {dense / max(1, total):.1f} times as much",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _estimated(config: Config) -> list[str]:
+    """Said where training decides how many weights are kept, and whether it decides so at the end, too."""
+    own_size = (config.method, config.prunefl.size, config.prunetrain.cut)
+    free = own_size[:2] == ("prunefl", "adaptive") or own_size[::2] == ("prunetrain", "threshold")
+    when = "kept, also at the end," if free else "kept on the way"
+    return textwrap.wrap(
+        f"an estimate: how many weights are {when} comes out of the training; planned is what sparsity.* asks for", 78
+    )
 
 
 def _mask_text(config: Config, updates: Sequence[int], sparsity: float) -> str:

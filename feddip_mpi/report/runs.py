@@ -270,4 +270,4 @@ def _leave_out_twins(found: Found) -> None:
 
 def identity(settings: Config) -> dict[str, Any]:
     """What makes two runs the same experiment: all keys but those that change neither a bit nor a measurement."""
-    return {key: value for key, value in config.flat(settings).items() if not config.is_without_meaning(key)}
+    return {key: value for key, value in config.flat(settings).items() if not config.is_without_meaning(key, settings)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,6 @@ from feddip_mpi import config
 from feddip_mpi.report.runs import Hardware, Run, identity
 from feddip_mpi.settings import Config
 
-# Keys that make a setting: only within one are methods compared.
-_SETTING_KEYS = (
-    "data.name", "model.name", "data.partition", "data.alpha", "data.classes_per_client", "rounds", "clients",
-    "participants", "local_epochs",
-)  # fmt: skip
 # Disjoint. upload_extra_bytes (what a method sends besides updates) is part of the uploads of all four kinds.
 BYTE_KINDS = (
     "upload_values_bytes", "upload_indices_bytes", "upload_other_bytes", "upload_frame_bytes",
@@ -177,8 +173,11 @@ def name_of(label: str) -> str:
 
 def setting_of(settings: Config) -> str:
     """The task in one line: data, model, partition, rounds, clients."""
+    data = settings.data.name
+    if settings.data.path and config.holds_own_data(settings):
+        data += f" {Path(settings.data.path).name}"
     return (
-        f"{settings.model.name} on {settings.data.name}, {partition_of(settings)}, {settings.rounds} rounds, "
+        f"{settings.model.name} on {data}, {partition_of(settings)}, {settings.rounds} rounds, "
         f"{settings.participants} of {settings.clients} clients a round, {settings.local_epochs} local epochs"
     )
 

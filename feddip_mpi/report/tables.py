@@ -131,16 +131,20 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
     kinds = sorted({kind for line in made for kind in line.group.hardware})
     versions = sorted({run.versions for line in made for run in line.group.runs})
     caption = (
-        f"{group.setting}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round. "
+        f"{group.setting}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round, "
+        f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])}, which the figures show; "
+        "points to dense after the last round. "
         + "Hardware: " + "; ".join(f"{letters[kind]}: {kind}" for kind in kinds) + ". "
         + ("Seconds of different letters are not comparable. " if len(kinds) > 1 else "")
         + "Versions: " + "; ".join(versions) + "."
     )  # fmt: skip
-    header = ("method", "sparsity", "seeds", "accuracy", "to dense", "uploaded", "fewer", "seconds", "hardware")
+    header = (
+        "method", "sparsity", "seeds", "accuracy", "last 5", "to dense", "uploaded", "fewer", "seconds", "hardware",
+    )  # fmt: skip
     body = [" & ".join(escape(cell) for cell in _latex_cells(line, letters)) + r" \\" for line in made]
     lines = [
         "% Needs \\usepackage{booktabs}.", r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}",
-        r"\begin{tabular}{llllrrrrl}", r"\toprule", " & ".join(header) + r" \\", r"\midrule", *body, r"\bottomrule",
+        r"\begin{tabular}{lllllrrrrl}", r"\toprule", " & ".join(header) + r" \\", r"\midrule", *body, r"\bottomrule",
         r"\end{tabular}", r"\end{table}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -160,10 +164,11 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     columns = [(partition, level) for partition in family for level in levels]
     columns = [(p, s) for p, s in columns if any(group.level == s or s == 0 for group in family[p])]
     of_most = max({group.seeds for group in every}, key=[group.seeds for group in every].count)
+    unless = "" if all(group.seeds == of_most for group in every) else ", or those that a cell names"
     rows = {group.label: group for group in sorted(every, key=_rank)}  # in the order in which a label comes first
     lines = [
         f"{in_markdown(name)}. Accuracy of the pruned model on the test images, mean of the "
-        f"{summaries.last_evaluations(every)}: {_over(of_most)}; uploads of all clients in all "
+        f"{summaries.last_evaluations(every)}: {_over(of_most)}{unless}; uploads of all clients in all "
         "rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
         "| method | " + " | ".join(f"{summaries.capital(partition)}, {level:.4g}" for partition, level in columns) + " |",
         "|---" * (1 + len(columns)) + "|",
@@ -189,6 +194,8 @@ def _rank(group: Group) -> tuple[bool, float, float]:
 
 def _markdown_cell(label: str, groups: Sequence[Group], level: float, of_most: Sequence[int]) -> str:
     """Of a method at a sparsity; dense ones are the same at each."""
+    from feddip_mpi.report import terminal
+
     found = [line for line in summaries.lines(groups) if line.group.label == label]
     found = [line for line in found if not line.group.prunes or line.group.level == level]
     if len(found) != 1:
@@ -197,7 +204,7 @@ def _markdown_cell(label: str, groups: Sequence[Group], level: float, of_most: S
     fewer = "" if line.times_fewer_bytes is None or line.against is line.group else f", {line.times_fewer_bytes:.3g} x"
     seeds = line.group.seeds
     other = "" if seeds == of_most else f" (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
-    return f"{spread_text(line.last5, 4)}{other}<br>{line.upload_bytes.mean / 1e6:.1f} MB{fewer}"
+    return f"{spread_text(line.last5, 4)}{other}<br>{terminal.size(line.upload_bytes.mean)}{fewer}"
 
 
 def _over(seeds: Sequence[int]) -> str:
@@ -210,7 +217,18 @@ def _latex_cells(line: Line, letters: Mapping[Hardware, str]) -> list[str]:
     cells = display_cells(line, letters)
     return [
         cells[name]
-        for name in ("method", "sparsity", "seeds", "accuracy", "difference", "bytes", "fewer", "seconds", "hardware")
+        for name in (
+            "method",
+            "sparsity",
+            "seeds",
+            "accuracy",
+            "last5",
+            "difference",
+            "bytes",
+            "fewer",
+            "seconds",
+            "hardware",
+        )
     ]
 
 

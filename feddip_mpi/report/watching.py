@@ -64,7 +64,8 @@ def look(folder: RunFolder) -> View:
     """
     if not folder.config.is_file():
         raise InputError(
-            f"{folder.path}: no run folder (it has no config.yaml); `train` prints the name of the one it makes"
+            f"{folder.path}: no run folder (it has no config.yaml); "
+            + (run_folder.name_one_of(folder.path) or "`train` prints the name of the one it makes")
         )
     return View(
         config.load(folder.config),

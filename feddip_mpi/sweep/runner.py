@@ -167,7 +167,7 @@ def run(
                 job.process.send_signal(signal.SIGUSR1)
                 job.told = True
         if stop.requested and not at_work:
-            raise Stopped(f"stopped by a signal, {len(waiting)} cells not begun; the same command goes on")
+            raise Stopped(f"by a signal, {len(waiting)} cells not begun; the same command goes on")
         time.sleep(_TRIES_SECONDS if at_work else 0)
     return outcomes
 

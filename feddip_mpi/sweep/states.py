@@ -75,7 +75,7 @@ def differences(there: Config, wanted: Config) -> list[str]:
     return [
         f"{key} is {old[key]!r} there, {new[key]!r} in the grid"
         for key in old
-        if old[key] != new[key] and not config.is_without_meaning(key)
+        if old[key] != new[key] and not config.is_without_meaning(key, wanted)
     ]
 
 

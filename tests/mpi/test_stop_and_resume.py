@@ -150,6 +150,7 @@ def test_a_round_that_cannot_finish_in_time_is_abandoned(config: Path, never_sto
         job.send(signal.SIGUSR1)
         ended = job.wait(60).expect(75)
     assert f"stopped by a signal after round {done}" in ended.text, ended.text
+    assert f"stopped by a signal after round {done}" in (run / "run.log").read_text().splitlines()[-1]
     assert runs.newest(run).name == f"round-{done:06d}.h5" and len(runs.lines(run)) == before
     assert f"round {done + 1} was abandoned while client" in (run / "run.log").read_text()
     launch.run([*launch.FEDDIP, "resume", str(run), "--set", "stop_grace=60"], 2).expect(0)

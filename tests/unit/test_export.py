@@ -1,6 +1,7 @@
 """Exported models: all bits of the pruned model, read without this package, and small where it says so."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from feddip_mpi import checkpoint, config, export, federation, masks, server, vector
 from feddip_mpi.checkpoint import Loaded, Snapshot
 from feddip_mpi.errors import DamagedFileError, InputError
+from feddip_mpi.report import inspection
 
 
 def saved(folder: Path, model: str = "lenet5", sparsity: float = 0.9, name: str = "round-000003.h5") -> Loaded:
@@ -171,6 +173,21 @@ def test_metadata_say_how_to_use_it(lenet: Loaded, tmp_path: Path) -> None:
 def test_a_small_form_that_is_not_smaller_says_so(tmp_path: Path) -> None:
     written = export.export(saved(tmp_path, sparsity=0.1), tmp_path / "model.small.safetensors")
     assert written.ratio <= 1.05 and "no smaller" in export.report(written)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "sparse.safetensors"])
+def test_the_command_says_what_the_network_takes(tmp_path: Path, lenet: Loaded, ending: str) -> None:
+    said = export.report(export.export(lenet, tmp_path / f"model.{ending}"))
+    assert "its input: float32 (pixel / 255 - mean) / std by channel, mean [0.5], std [0.25]" in said
+    made = re.search(r"model: feddip_mpi\.models\.create\((.*)\), or", said)
+    assert made and made[1] == "'lenet5', 1, (28, 28), 10"
+
+
+def test_inspect_tells_the_size_that_export_writes(tmp_path: Path) -> None:
+    loaded = saved(tmp_path)
+    written = export.export(loaded, tmp_path / "model.sparse.safetensors")
+    facts = inspection.describe(tmp_path / "round-000003.h5")
+    assert facts["pruned_bytes"] == written.file_bytes == written.path.stat().st_size
 
 
 def test_nothing_is_overwritten_unless_asked(lenet: Loaded, tmp_path: Path) -> None:

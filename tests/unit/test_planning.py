@@ -132,3 +132,16 @@ def test_rows_fit_a_screen(rounds: int, every: int) -> None:
 def test_every_nth_row() -> None:
     rows = [{"round": t + 1, "mask_update": False} for t in range(20)]
     assert [row["round"] for row in planning.select(rows, 5)] == [1, 5, 10, 15, 20]
+
+
+def test_a_plan_says_where_it_is_an_estimate() -> None:
+    def told(*overrides: str) -> str:
+        settings, _, _, rows = plan(*overrides)
+        return " ".join(planning.summary(settings, rows).split())
+
+    assert "an estimate" not in told("method=prunefl")
+    assert "how many weights are kept, also at the end, comes out" in told("method=prunefl", "prunefl.size=adaptive")
+    assert "how many weights are kept, also at the end, comes out" in told(
+        "method=prunetrain", "prunetrain.cut=threshold"
+    )
+    assert "how many weights are kept on the way comes out" in told("method=sparsyfed")

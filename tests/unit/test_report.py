@@ -282,14 +282,33 @@ def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study
     assert text.splitlines()[2:] == [
         "| method | IID, 0.9 | IID, 0.95 | Dirichlet(0.5), 0.9 |",
         "|---|---|---|---|",
-        "| FedAvg (dense) | 0.7200 (0.7000 to 0.7400)<br>0.0 MB | 0.7200 (0.7000 to 0.7400)<br>0.0 MB "
-        "| 0.7000 (seed 1)<br>0.0 MB |",
-        "| FedDIP | 0.6100 (0.6000 to 0.6200)<br>0.0 MB, 10 x | 0.5100 (0.5000 to 0.5200)<br>0.0 MB, 10 x "
-        "| 0.6000 (seed 1)<br>0.0 MB, 10 x |",
+        "| FedAvg (dense) | 0.7200 (0.7000 to 0.7400)<br>3.0 kB | 0.7200 (0.7000 to 0.7400)<br>3.0 kB "
+        "| 0.7000 (seed 1)<br>3.0 kB |",
+        "| FedDIP | 0.6100 (0.6000 to 0.6200)<br>300 B, 10 x | 0.5100 (0.5000 to 0.5200)<br>300 B, 10 x "
+        "| 0.6000 (seed 1)<br>300 B, 10 x |",
         "",
         "Ended beside the sparsity asked for: FedDIP 0.9012.",
     ]  # fmt: skip
-    assert "mean of the last 3 evaluations: mean of the seeds 1, 2 (lowest to highest)" in text
+    assert (
+        "mean of the last 3 evaluations: mean of the seeds 1, 2 (lowest to highest), or those that a cell names;"
+        in text
+    )
+
+
+def test_own_arrays_of_two_files_are_two_tasks(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        keys = {
+            "method": "fedavg",
+            "sparsity.final": 0,
+            "sparsity.initial": 0,
+            "data.name": "npz",
+            "data.path": f"a/{name}.npz",
+        }
+        made_runs.make(tmp_path / name, 1, sparsity=0.0, keys=keys)
+    found = runs.find([tmp_path])
+    assert not found.left_out
+    made = summaries.groups(found.runs)
+    assert [group.setting.split(",")[0] for group in made] == ["lenet5 on npz one.npz", "lenet5 on npz other.npz"]
 
 
 def test_names_as_papers_write_them() -> None:
@@ -450,7 +469,8 @@ def test_files_beside_the_page(written: Path) -> None:
     }  # fmt: skip
     text = (written / "tables" / "summary.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
-    assert r"0.7100 (0.7000 to 0.7200) & -11.00" in text
+    assert r"0.7100 (0.7000 to 0.7200) & 0.6100 (0.6000 to 0.6200) & -11.00" in text
+    assert {line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")} == {9}  # a cell a column
 
 
 def test_unlike_hardware_is_told_on_the_page(

@@ -203,6 +203,15 @@ def test_a_changed_grid_reuses_nothing_silently(tmp_path: Path) -> None:
     assert states.look(same, tmp_path).kind == states.FINISHED
 
 
+def test_own_arrays_from_another_file_are_other_data(tmp_path: Path) -> None:
+    (old,) = cells("grid: {seed: [1]}", "set: {data.name: npz, data.path: one.npz}")
+    begun(old, tmp_path, 2, finished=True)
+    (new,) = cells("grid: {seed: [1]}", "set: {data.name: npz, data.path: other.npz}")
+    state = states.look(new, tmp_path)
+    assert state.kind == states.REFUSED
+    assert "data.path is 'one.npz' there, 'other.npz' in the grid" in state.remark
+
+
 def test_foreign_and_damaged_folders_are_refused(tmp_path: Path) -> None:
     foreign, damaged = cells("grid: {seed: [1, 2]}")
     (tmp_path / foreign.name).mkdir()

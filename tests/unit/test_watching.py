@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import made_runs
 import pytest
 
-from feddip_mpi import metrics
+from feddip_mpi import checkpoint, metrics
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import watching
 from feddip_mpi.run_folder import Lock, RunFolder
@@ -77,6 +78,18 @@ def test_finished(tmp_path: Path) -> None:
 def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
         watching.watch(str(tmp_path), once=True)
+
+
+def test_a_folder_of_run_folders_is_told_from_a_foreign_one(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        made_runs.make(tmp_path / name)
+    way_out = f"it holds 2 run folders: name one of them, such as {re.escape(str(tmp_path / 'a'))}"
+    for refuse in (
+        lambda: watching.watch(str(tmp_path), once=True),
+        lambda: checkpoint.find(tmp_path),
+    ):
+        with pytest.raises(InputError, match=way_out):
+            refuse()
 
 
 def test_lines_follow_the_run_to_its_end(
