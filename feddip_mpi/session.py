@@ -23,7 +23,6 @@ from feddip_mpi import (
     masks,
     methods,
     metrics,
-    records,
     recovery,
     rounds,
     runtime,
@@ -44,6 +43,7 @@ from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.settings import Config
+from feddip_mpi.summary import summarise
 
 T = TypeVar("T")
 
@@ -515,53 +515,6 @@ def _finish(built: Federation, folder: RunFolder, state: State, history: list[Re
     terminal.show_summary(summary, folder.path, plot)
     hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
     log.info("finished after round %d", state.server.round)
-
-
-def summarise(
-    built: Federation, history: Sequence[Record], accuracy: float, memory_accuracy: float, mask: torch.Tensor
-) -> dict[str, Any]:
-    """The run in a few numbers. The last rounds' mean goes beside the last value: one round's accuracy is noisy."""
-    last = history[-1]
-    scored = [r["test_accuracy"] for r in history if r["test_accuracy"] is not None][-5:] or [accuracy]
-    uploaded, dense = (sum(r[name] for r in history) for name in ("upload_bytes", "dense_bytes"))
-    return {
-        "rounds": last["round"],
-        "ranks": built.comm.size,
-        "ranks_lost": built.comm.lost_ranks,
-        "test_accuracy": accuracy,
-        "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
-        "test_accuracy_spread_of_last_5": max(scored) - min(scored),
-        "evaluations_in_mean": len(scored),  # fewer than 5 of a short run
-        "server_remembers": built.method.memory() == "on" and not bool(mask.all()),
-        "dense_memory_accuracy": memory_accuracy,
-        "sparsity": last["sparsity"],
-        "sparsity_by_layer": last["sparsity_by_layer"],
-        "upload_bytes": uploaded,
-        "dense_bytes": dense,
-        "exchange": built.config.exchange,
-        "upload_bytes_by_kind": {
-            kind: sum(r[f"upload_{kind}_bytes"] for r in history) for kind in records.KINDS_OF_BYTES
-        },
-        "upload_extra_bytes": sum(r["upload_extra_bytes"] or 0 for r in history),
-        "download_bytes": sum(r[f"download_{kind}_bytes"] or 0 for r in history for kind in records.KINDS_OF_BYTES),
-        "wire_bytes": sum(r["wire_bytes"] for r in history),
-        "received_bytes": sum(r["received_bytes"] for r in history),
-        "seconds": sum(r["round_seconds"] for r in history),
-        "idle_share": _idle_share(history),
-        "peak_host_memory_bytes": max(r["host_memory_bytes"] for r in history),
-        **built.method.facts(mask),
-        "versions": runtime.versions(),
-        "mpi": built.comm.library(),
-        "hardware": runtime.hardware(),
-        "device": runtime.device_name(built.device),
-        "seed": built.config.seed,
-    }
-
-
-def _idle_share(history: Sequence[Record]) -> float | None:
-    """Of the ranks' time the share in which they waited for slower ones; None where that was not measured."""
-    told = [r for r in history if r.get("idle_seconds") is not None]  # a checkpoint of an older version does not say
-    return sum(r["idle_seconds"] for r in told) / sum(r["round_seconds"] for r in told) if told else None
 
 
 def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Path | None:

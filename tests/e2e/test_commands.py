@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny import ROOT, Command, records, settings
 
-from feddip_mpi import checkpoint, config, federation
+from feddip_mpi import checkpoint, config, federation, summary
 from feddip_mpi.cli import cli
 from feddip_mpi.errors import DamagedFileError, InputError
 
@@ -73,6 +73,12 @@ def test_a_layer_of_which_nothing_is_left_is_said_once(
     assert {name: log.count(f"no weight of {name} is left") for name in shares} == {
         name: int(name in emptied) for name in shares
     }
+
+
+def test_the_summary_has_the_names_that_are_documented(trained: Path) -> None:
+    written = json.loads((trained / "finished.json").read_text())
+    assert list(written) == list(summary.FIELDS)
+    assert written["rounds"] == 4 and written["peak_host_memory_bytes"] > 2**20
 
 
 # inspect

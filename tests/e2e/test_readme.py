@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from feddip_mpi import config, metrics
+from feddip_mpi import config, metrics, summary
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.M | re.S)
@@ -93,9 +93,14 @@ def test_the_package_installs_whole(tmp_path: Path) -> None:
         assert f"Provides-Extra: {extra}" in metadata
 
 
-@pytest.mark.parametrize("module", [config, metrics], ids=["config", "metrics"])
-def test_generated_tables_are_up_to_date(module) -> None:  # type: ignore[no-untyped-def]
-    assert module.reference() in README, f"run python -m {module.__name__} and put its output into README.md"
+@pytest.mark.parametrize(
+    ("module", "document"),
+    [(config, "README.md"), (metrics, "README.md"), (summary, "docs/run-folder.md")],
+    ids=["config", "metrics", "summary"],
+)
+def test_generated_tables_are_up_to_date(module, document: str) -> None:  # type: ignore[no-untyped-def]
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert module.reference() in text, f"run python -m {module.__name__} and put its output into {document}"
 
 
 @pytest.mark.parametrize("document", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
