@@ -235,6 +235,13 @@ def _describe(key: str, item: Any) -> str:
             f"did you mean {(tail or near)[0]!r}?" if tail or near else f"valid keys: {', '.join(Config.model_fields)}"
         )
         return f"{key}: unknown key; {hint}"
+    if item["type"] == "invalid_key":
+        section = _section(item["loc"][:-1])
+        where = f" of {'.'.join(map(str, item['loc'][:-1]))}" if len(item["loc"]) > 1 else ""
+        return (
+            f"a key{where} is {item['input']!r}, which is no name (YAML reads on, off, yes and no as switches, and numbers as "
+            f"numbers); valid keys: {', '.join(section.model_fields)}"
+        )
     message = item["msg"][:1].lower() + item["msg"][1:]
     if item["type"] == "model_type":  # pydantic would name a class of ours
         message = f"input should be a section with some of the keys {', '.join(_section(item['loc']).model_fields)}"

@@ -31,6 +31,18 @@ def test_the_message_says_what_to_write(override: str, message: str) -> None:
     assert "Config" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("on: 4", "  a key is True, which is no name .*; valid keys: seed, rounds"),
+        ("mask:\n  3: 4", "  a key of mask is 3, which is no name .*; valid keys: every, initial"),
+    ],
+)
+def test_a_key_that_is_no_text_is_told_as_yaml_reads_it(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config.parse(text)
+
+
 @pytest.mark.parametrize("text", ["many", "1e-3", "2.5", "1e400", "1e99", "nan", "''"])
 def test_what_is_no_whole_number_gets_no_proposal(text: str) -> None:
     with pytest.raises(InputError, match="rounds: got") as told:
