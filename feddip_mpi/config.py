@@ -236,11 +236,11 @@ def _describe(key: str, item: Any) -> str:
         )
         return f"{key}: unknown key; {hint}"
     if item["type"] == "invalid_key":
-        section = _section(item["loc"][:-1])
+        names = _section(item["loc"][:-1]).model_fields
         where = f" of {'.'.join(map(str, item['loc'][:-1]))}" if len(item["loc"]) > 1 else ""
         return (
             f"a key{where} is {item['input']!r}, which is no name (YAML reads on, off, yes and no as switches, and numbers as "
-            f"numbers); valid keys: {', '.join(section.model_fields)}"
+            f"numbers); valid keys: {', '.join(names)}"
         )
     message = item["msg"][:1].lower() + item["msg"][1:]
     if item["type"] == "model_type":  # pydantic would name a class of ours
