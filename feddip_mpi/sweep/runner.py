@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ class Outcome:
     kind: str
     seconds: float = 0.0
     error: str = ""
+    result: str = ""
 
 
 @dataclass
@@ -175,8 +177,9 @@ def run(
 def _outcome(job: _Job, out: Path, commands: Commands) -> Outcome:
     """By the run folder, not by the exit code alone: launchers do not pass it on faithfully (docs/sharp-bits.md)."""
     seconds = time.monotonic() - job.started
-    if RunFolder(out / job.cell.name).finished.exists():
-        return Outcome(job.cell.name, "finished", seconds)
+    finished = RunFolder(out / job.cell.name).finished
+    if finished.exists():
+        return Outcome(job.cell.name, "finished", seconds, result=_result(finished))
     code = job.process.poll()
     if code == Stopped.exit_code:
         return Outcome(job.cell.name, "stopped", seconds)
@@ -186,6 +189,15 @@ def _outcome(job: _Job, out: Path, commands: Commands) -> Outcome:
     return Outcome(job.cell.name, "failed", seconds, f"exit code {code}: {error}")
 
 
+def _result(finished: Path) -> str:
+    """What a run has reached, in a few words; none where its summary cannot be read: the report says why."""
+    try:
+        told = json.loads(finished.read_text(encoding="utf-8"))
+        return f"accuracy {told['test_accuracy']:.4f} at sparsity {told['sparsity']:.4f}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _line(outcome: Outcome) -> str:
-    tail = f": {outcome.error}" if outcome.error else ""
+    tail = f": {outcome.error}" if outcome.error else f", {outcome.result}" if outcome.result else ""
     return f"{outcome.name}: {outcome.kind} after {outcome.seconds:.0f} s{tail}"

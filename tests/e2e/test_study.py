@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory, feddip: Command) -> Path:
     (folder / "runs" / CELLS[1]).unlink()
     done = feddip(*words, "--jobs", "2", "--no-trial")
     assert done.returncode == 0, done.stdout + done.stderr
+    for name in CELLS:
+        reached = json.loads((folder / "runs" / name / "finished.json").read_text())
+        assert re.search(rf"{name}: finished after \d+ s, accuracy {reached['test_accuracy']:.4f} at", done.stdout)
     return folder
 
 
