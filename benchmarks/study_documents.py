@@ -1,10 +1,12 @@
 """Tables and figures of the study, from its run folders into README.md and docs/results.
 
     python benchmarks/study_documents.py runs/fashion-mnist-short
+    python benchmarks/study_documents.py --short runs/cifar10-alexnet-short runs/cifar100-resnet18-short
 
 What has been run so far counts; the same command again takes up what has finished since. Written are the parts between
 `<!-- study -->` and `<!-- end study -->` in README.md and docs/results/study.md, and docs/results/study/: the report's
-overview, accuracy by round for each partition and sparsity, and its summary.csv.
+overview, accuracy by round for each partition and sparsity, and its summary.csv. `--short` writes every evaluation of short runs
+into docs/results/study/cifar-short.csv instead, whatever they train.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from feddip_mpi import hdf5
 from feddip_mpi.report import accuracy_figures, drawing, figures, page, plots, runs, summaries, tables
-from feddip_mpi.report.runs import Found
+from feddip_mpi.report.runs import Found, Run
 from feddip_mpi.report.summaries import Group, Line
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +35,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of the sweep")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs lie")
+    parser.add_argument("--short", action="store_true", help="write cifar-short.csv and nothing else")
     arguments = parser.parse_args(words)
     found = runs.find(arguments.runs)
+    if arguments.short:
+        hdf5.write_text(arguments.root / "docs" / "results" / "study" / "cifar-short.csv", evaluations(found.runs))
+        return
     made = summaries.groups(found.runs)
     families = summaries.families(made)
     if len(families) != 1:
@@ -53,6 +59,23 @@ def main(words: Sequence[str] | None = None) -> None:
         *(f"![{p.title}](study/{p.name}.png)\n" for p in pictures),
     ]
     fill(root / "docs" / "results" / "study.md", "\n".join(whole))
+
+
+def evaluations(found: Sequence[Run]) -> str:
+    """Every evaluation of some runs as CSV, with what was uploaded up to it."""
+    rows = []
+    for run in sorted(found, key=lambda run: (run.config.data.name, run.label, run.config.seed)):
+        sent = 0
+        for record in run.records:
+            sent += record["upload_bytes"]
+            if record["test_accuracy"] is not None:
+                rows.append({
+                    "data": run.config.data.name, "model": run.config.model.name, "method": run.label,
+                    "seed": run.config.seed, "round": record["round"], "test_accuracy": record["test_accuracy"],
+                    "sparsity": round(record["sparsity"], 4), "upload_bytes_so_far": sent,
+                    "emptied_layers": sum(share == 1 for share in record["sparsity_by_layer"].values()),
+                })  # fmt: skip
+    return tables.to_csv(rows)
 
 
 def compact(family: Mapping[str, Sequence[Group]]) -> str:
@@ -79,6 +102,9 @@ def compact(family: Mapping[str, Sequence[Group]]) -> str:
         size = f"{first.upload_bytes.mean / 1e6:.1f} MB" if first else "-"
         if any(cells):
             text.append(f"| {name} | {' | '.join(shown)} | {size} | {fewer} |")
+    seeds = {line.group.seeds for line in lines.values() if line.group.label in ROWS}
+    if len(seeds) > 1:
+        text.append("\nA number without a range is one seed's.")
     return "\n".join(text) + "\n"
 
 

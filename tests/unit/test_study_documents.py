@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,21 @@ def test_documents_are_filled_between_their_marks_and_again(script: ModuleType, 
     with pytest.raises(SystemExit, match="README"):
         script.main([str(runs), "--root", str(tmp_path)])
     assert documents[0].read_text() == "no marks"
+
+
+def test_short_runs_are_listed_evaluation_by_evaluation(script: ModuleType, tmp_path: Path) -> None:
+    runs = made_runs.study(tmp_path / "runs")
+    (tmp_path / "docs" / "results" / "study").mkdir(parents=True)
+    script.main([str(runs), "--root", str(tmp_path), "--short"])
+    with (tmp_path / "docs" / "results" / "study" / "cifar-short.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    first = [row for row in rows if (row["method"], row["seed"]) == ("fedavg", "2")]
+    folder = runs / "fedavg-2"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scored = [record for record in records if record["test_accuracy"] is not None]
+    assert [int(row["round"]) for row in first] == [record["round"] for record in scored]
+    assert int(first[-1]["upload_bytes_so_far"]) == sum(record["upload_bytes"] for record in records)
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_the_readme_says_what_the_committed_summary_says(script: ModuleType) -> None:
