@@ -76,27 +76,20 @@ EXCHANGE = {
 # float32 beside int4 (MAIN) with equal regrow: three seeds, of which EXCHANGE has the first.
 VALUES = {"fp32 at 0.95": EXCHANGE["fp32 at 0.95"], "default at 0.99": EXCHANGE["default at 0.99"]}
 # What was tried to lose less at 0.95 and 0.98: how weights are shared among the layers, learning rate, regularisation.
+_AT_098 = ["sparsity.final=0.98", *INT4]
+_DENSE = ["method=fedavg", "upload.values=fp32"]
 TRIED = {
-    **{f"erk at {s}": [f"sparsity.final={s}", *INT4, "mask.allocation=erk"] for s in ("0.98", "0.95", "0.9", "0.99")},
-    "default at 0.98": ["sparsity.final=0.98", *INT4],
-    "default at 0.95": _AT_095,
-    **{
-        f"{name} at 0.98": ["sparsity.final=0.98", *INT4, *changes]
-        for name, changes in {
-            "lamp": ["mask.allocation=lamp"],
-            "uniform": ["mask.allocation=uniform"],
-            "erk, gradual": ["mask.allocation=erk", "method=gradual", "upload.values=fp32"],
-            "rate 0.2": ["learning_rate=0.2"],
-            "rate 0.3": ["learning_rate=0.3"],
-            "rate 0.3, erk": ["learning_rate=0.3", "mask.allocation=erk"],
-            "rate falls by 0.98": ["learning_rate_decay=0.98"],
-            "no penalty": ["penalty.schedule=off"],
-            "no penalty, no weight decay": ["penalty.schedule=off", "weight_decay=0"],
-        }.items()
-    },
-    "rate 0.2 at 0.95": [*_AT_095, "learning_rate=0.2"],
-    "rate 0.2, fedavg": ["method=fedavg", "upload.values=fp32", "learning_rate=0.2"],
-    "rate 0.3, fedavg": ["method=fedavg", "upload.values=fp32", "learning_rate=0.3"],
+    **{f"erk at {s}": [f"sparsity.final={s}", *INT4, "mask.allocation=erk"] for s in ("0.9", "0.95", "0.98", "0.99")},
+    **{f"lamp at {s}": [f"sparsity.final={s}", *INT4, "mask.allocation=lamp"] for s in ("0.95", "0.98", "0.99")},
+    "uniform at 0.98": [*_AT_098, "mask.allocation=uniform"],
+    "erk, gradual at 0.98": ["sparsity.final=0.98", "mask.allocation=erk", "method=gradual", "upload.values=fp32"],
+    "rate falls by 0.98 at 0.98": [*_AT_098, "learning_rate_decay=0.98"],
+    "no penalty at 0.98": [*_AT_098, "penalty.schedule=off"],
+    "no penalty, no weight decay at 0.98": [*_AT_098, "penalty.schedule=off", "weight_decay=0"],
+    **{f"rate {rate} at 0.98": [*_AT_098, f"learning_rate={rate}"] for rate in ("0.2", "0.3", "0.5")},
+    **{f"rate {rate} at 0.95": [*_AT_095, f"learning_rate={rate}"] for rate in ("0.2", "0.3")},
+    "rate 0.3, gradual at 0.98": ["sparsity.final=0.98", "method=gradual", "upload.values=fp32", "learning_rate=0.3"],
+    **{f"rate {rate}, fedavg": [*_DENSE, f"learning_rate={rate}"] for rate in ("0.2", "0.3", "0.5")},
 }
 GRIDS = {
     "main": (MAIN, SEEDS),
