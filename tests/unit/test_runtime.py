@@ -233,7 +233,7 @@ def test_a_fault_names_rank_phase_and_round() -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_fault_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="FEDDIP_FAULT: got .*PHASE is one of setup, plan"):
+    with pytest.raises(InputError, match="FEDDIP_FAULT: got .*PHASE is one of setup, opening, plan"):
         runtime.faults(0, {"FEDDIP_FAULT": text, "FEDDIP_TEST_FAULTS": "1"})
 
 
