@@ -131,9 +131,8 @@ def summary(config: Config, plan: Sequence[Row]) -> str:
 
 def _estimated(config: Config) -> list[str]:
     """Said where training decides how many weights are kept, and whether it decides so at the end, too."""
-    own_size = (config.method, config.prunefl.size, config.prunetrain.cut)
-    free = own_size[:2] == ("prunefl", "adaptive") or own_size[::2] == ("prunetrain", "threshold")
-    when = "kept, also at the end," if free else "kept on the way"
+    asked_for = methods.named(config.method).ends_at_final(config)
+    when = "kept on the way" if asked_for else "kept, also at the end,"
     return textwrap.wrap(
         f"an estimate: how many weights are {when} comes out of the training; planned is what sparsity.* asks for", 78
     )

@@ -32,6 +32,11 @@ _LATEX = (
 )  # fmt: skip
 
 
+# Heads, and which cell of `display_cells` stands below each.
+_LATEX_COLUMNS = {
+    "method": "method", "sparsity": "sparsity", "seeds": "seeds", "accuracy": "accuracy", "last 5": "last5",
+    "to dense": "difference", "uploaded": "bytes", "fewer": "fewer", "seconds": "seconds", "hardware": "hardware",
+}  # fmt: skip
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # What Markdown and the HTML in it would take for their own.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
@@ -138,13 +143,10 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
         + ("Seconds of different letters are not comparable. " if len(kinds) > 1 else "")
         + "Versions: " + "; ".join(versions) + "."
     )  # fmt: skip
-    header = (
-        "method", "sparsity", "seeds", "accuracy", "last 5", "to dense", "uploaded", "fewer", "seconds", "hardware",
-    )  # fmt: skip
     body = [" & ".join(escape(cell) for cell in _latex_cells(line, letters)) + r" \\" for line in made]
     lines = [
         "% Needs \\usepackage{booktabs}.", r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}",
-        r"\begin{tabular}{lllllrrrrl}", r"\toprule", " & ".join(header) + r" \\", r"\midrule", *body, r"\bottomrule",
+        r"\begin{tabular}{lllllrrrrl}", r"\toprule", " & ".join(_LATEX_COLUMNS) + r" \\", r"\midrule", *body, r"\bottomrule",
         r"\end{tabular}", r"\end{table}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -215,21 +217,7 @@ def _over(seeds: Sequence[int]) -> str:
 
 def _latex_cells(line: Line, letters: Mapping[Hardware, str]) -> list[str]:
     cells = display_cells(line, letters)
-    return [
-        cells[name]
-        for name in (
-            "method",
-            "sparsity",
-            "seeds",
-            "accuracy",
-            "last5",
-            "difference",
-            "bytes",
-            "fewer",
-            "seconds",
-            "hardware",
-        )
-    ]
+    return [cells[name] for name in _LATEX_COLUMNS.values()]
 
 
 def display_cells(line: Line, letters: Mapping[Hardware, str]) -> dict[str, str]:

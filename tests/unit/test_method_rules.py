@@ -13,7 +13,7 @@ from alone import Alone
 from test_methods import Net, build, play, settings
 from torch import Tensor, nn
 
-from feddip_mpi import codec, federation, masks, models, rounds, server
+from feddip_mpi import allocation, codec, federation, masks, models, rounds, server
 from feddip_mpi.errors import InputError
 from feddip_mpi.federation import Federation
 from feddip_mpi.methods import channels, feddst, fedrts, prunefl, prunetrain, sparsyfed
@@ -103,6 +103,31 @@ def test_masked_training_equals_a_plain_loop(method: str) -> None:
         assert torch.allclose(state.server.weights, weights, rtol=1e-4, atol=1e-5), t
         assert record["mask_grown"] == 0
     assert int(mask.sum()) == masks.kept_count(prunable, 0.8)
+
+
+@pytest.mark.parametrize("method", ["feddip", "gradual"])
+@pytest.mark.parametrize("rule", ["lamp", "erk", "uniform"])
+def test_every_cut_of_a_run_shares_its_weights_among_the_layers_as_asked(method: str, rule: str) -> None:
+    built = fp32(method, mask={"every": 2, "freeze_after": 0.75, "initial": "magnitude", "allocation": rule})
+    state, size = rounds.initial_state(built), built.layout.prunable
+    shapes = built.layout.prunable_shapes
+    first = allocation.select(built.initial[:size].abs(), masks.kept_count(size, 0.4), shapes, rule)
+    assert torch.equal(state.server.mask, first)
+    for t in range(3):
+        old = state.server.mask
+        record = rounds.play(built, state, plan_round(built.config, t))
+        if not record["mask_updated"]:
+            continue
+        if method == "gradual":
+            assert record["mask_grown"] == 0 and not bool((state.server.mask & ~old).any())
+        else:  # W keeps what is pruned: the cut can be made again
+            value, keep = state.server.weights[:size].abs(), int(state.server.mask.sum())
+            assert torch.equal(state.server.mask, allocation.select(value, keep, shapes, rule))
+    if rule == "uniform":
+        assert masks.layer_sparsities(state.server.mask, built.layout.prunable_sizes) == pytest.approx(
+            [0.8] * 3, abs=0.02
+        )
+    assert int(state.server.mask.sum()) == masks.kept_count(size, 0.8)
 
 
 def test_erk_follows_its_densities() -> None:
