@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -244,6 +245,10 @@ def prepare_torch(config: Config, local: int) -> torch.device:
             raise InputError(
                 "precision: got tf32, which only GPUs have, and there is none in use here; allowed on a CPU: fp32, bf16"
             )
+        if config.precision == "bf16" and local == 0 and lacks_bf16():
+            log.warning(
+                "precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster"
+            )
         return torch.device("cpu")
     device = torch.device("cuda", local % visible)
     torch.cuda.set_device(device)
@@ -431,14 +436,32 @@ def start_log(folder: Path | None, rank: int) -> None:
 
 
 def hardware() -> dict[str, str | int]:
-    """What a result has to name: host, processor, cores."""
-    model = ""
+    """What a result has to name: host, processor with its vector instructions, cores."""
+    told = _cpu_info()
+    vectors = next((name for flag, name in _VECTORS.items() if flag in told.get("flags", "").split()), "")
+    processor = ", ".join(part for part in (told.get("model name", ""), vectors) if part)
+    return {"host": socket.gethostname(), "processor": processor, "cores": cores()}
+
+
+# Processors of one name may have other vectors, and with them other speeds and other last bits. Widest first.
+_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
+
+
+@lru_cache
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first core."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
-        pass
-    return {"host": socket.gethostname(), "processor": model, "cores": cores()}
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def lacks_bf16() -> bool:
+    """Whether this is an x86 CPU without instructions for bf16, on which it is emulated."""
+    flags = _cpu_info().get("flags", "").split()
+    return bool(flags) and not {"avx512_bf16", "amx_bf16"} & set(flags)
 
 
 def cores() -> int:

@@ -9,6 +9,7 @@ the one (docs/results/performance.md has the times).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _PHASES = 4
+# The float32 next to 0.
+_BELOW_ZERO = -1e-45
 
 
 def conv_pool_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -35,8 +38,7 @@ def conv_pool_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
-    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-    if not plain or isinstance(conv.padding, str) or conv.bias is None:
+    if not _is_plain(conv) or isinstance(conv.padding, str) or conv.bias is None:
         return False
     if conv._forward_hooks or conv._forward_pre_hooks:  # whoever watches the layer is to see it called
         return False
@@ -82,17 +84,83 @@ class _ConvPoolReLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
         x, kernel, found, pooled = ctx.saved_tensors
         outputs, inputs, height, width = ctx.weight_shape
-        spread = torch.empty_like(found)
-        # Each pooled value's gradient goes to the first of the four that equals it.
-        left = torch.ops.aten.threshold_backward(gradient.contiguous(), pooled, 0)
-        values, targets = (t.unflatten(1, (_PHASES, outputs)).unbind(1) for t in (found, spread))
-        for value, target in zip(values[:-1], targets, strict=False):
-            torch.mul(left, value == pooled, out=target)
-            left = left - target
-        targets[-1].copy_(left)
-        _, for_kernel, for_bias = torch.ops.aten.convolution_backward(
-            spread, x, kernel, [_PHASES * outputs], [2, 2], ctx.padding, [1, 1], False, [0, 0], 1, [False, True, True]
-        )
-        flat = for_kernel.view(_PHASES, outputs, inputs, -1).permute(1, 2, 0, 3).reshape(outputs * inputs, -1)
+        values = found.unflatten(1, (_PHASES, outputs)).unbind(1)
+        opened = torch.ops.aten.threshold_backward(gradient.contiguous(), pooled, 0)
+        if has_wide_vectors():
+            spread = torch.empty_like(found)
+            _scatter(opened, values, pooled, spread.unflatten(1, (_PHASES, outputs)).unbind(1))
+            _, for_kernel, _ = torch.ops.aten.convolution_backward(
+                spread, x, kernel, None, [2, 2], ctx.padding, [1, 1], False, [0, 0], 1, [False, True, False]
+            )
+        else:
+            # The sum over images and places is itself a convolution: images are its channels, of which there are enough
+            # to fill a vector register, the output's gradient is its kernel, and the stride lies between its taps.
+            by_channel = opened.transpose(0, 1).contiguous()
+            spread = found.new_empty(_PHASES, *by_channel.shape)
+            turned = [value.transpose(0, 1) for value in values]
+            _scatter(by_channel, turned, pooled.transpose(0, 1), spread.unbind(0))
+            images = x.transpose(0, 1)
+            for_kernel = F.conv2d(images, spread.flatten(0, 1), padding=ctx.padding, dilation=2).transpose(0, 1)
+        flat = for_kernel.reshape(_PHASES, outputs, inputs, -1).permute(1, 2, 0, 3).reshape(outputs * inputs, -1)
         summed = flat.new_zeros(outputs * inputs, height * width + 1).index_add_(1, _places(height, width), flat)
-        return None, summed[:, :-1].reshape(ctx.weight_shape), for_bias.view(_PHASES, outputs).sum(0), None
+        return None, summed[:, :-1].reshape(ctx.weight_shape), opened.sum((0, 2, 3)), None
+
+
+def _scatter(gradient: Tensor, values: Sequence[Tensor], pooled: Tensor, targets: Sequence[Tensor]) -> None:
+    """Write the gradient of the pooled values to the first of the four that each equals, and 0 to the others.
+
+    Args:
+        gradient: float32 [B, O, h, w] or [O, B, h, w], 0 where the ReLU was shut.
+        values: the same, of each phase.
+        pooled: the same, the largest of the four.
+        targets: the same, of each phase; written.
+    """
+    left, below = gradient.clone(), torch.empty_like(gradient)
+    for value, target in zip(values[:-1], targets, strict=False):
+        # Where it is not the largest it is below it, and of what is not positive only 0 is above the threshold.
+        torch.sub(value, pooled, out=below)
+        torch.ops.aten.threshold_backward.grad_input(left, below, _BELOW_ZERO, grad_input=target)
+        left.sub_(target)
+    targets[-1].copy_(left)
+
+
+def conv_of_few_channels(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv(x)` for float32 [B, C, H, W]; where that is faster, the gradient of x is computed in the plain memory order.
+
+    Without AVX-512 PyTorch's channels-last gradient of an input of few channels took twice the time.
+    """
+    plain = conv.padding == (0, 0) and conv.bias is not None and not (conv._forward_hooks or conv._forward_pre_hooks)
+    fits = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and x.requires_grad
+    left_alone = has_wide_vectors() or torch.is_autocast_enabled("cpu") or not (plain and fits and _is_plain(conv))
+    out: Tensor = conv(x) if left_alone else _ConvOfFewChannels.apply(x, conv.weight, conv.bias)
+    return out
+
+
+class _ConvOfFewChannels(torch.autograd.Function):
+    """A convolution of stride 1 without padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rest = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        backward = torch.ops.aten.convolution_backward
+        # Of its input the gradient of x takes the shape and the memory order alone.
+        shape = x.new_empty(x.shape)
+        for_x, _, _ = backward(gradient.contiguous(), shape, weight.contiguous(), None, *rest, [True, False, False])
+        _, for_weight, for_bias = backward(gradient, x, weight, [len(weight)], *rest, [False, True, True])
+        return for_x, for_weight, for_bias
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    return conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+@lru_cache
+def has_wide_vectors() -> bool:
+    """Whether this CPU has AVX-512: which way to a gradient is fast depends on it (docs/results/performance.md)."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"

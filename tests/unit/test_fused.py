@@ -1,13 +1,23 @@
 """The fused first layer against PyTorch's three operations."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from feddip_mpi.models import fused
-from feddip_mpi.models.fused import conv_pool_relu
+from feddip_mpi.models.fused import conv_of_few_channels, conv_pool_relu
 from feddip_mpi.models.lenet import LeNet5
+
+Layer = Callable[[torch.Tensor, nn.Conv2d], torch.Tensor]
+
+
+@pytest.fixture(params=[True, False], ids=["AVX-512", "other vectors"], autouse=True)
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to a gradient, on any CPU."""
+    monkeypatch.setattr(fused, "has_wide_vectors", lambda: request.param)
 
 
 def plain(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
@@ -53,6 +63,43 @@ def test_of_equal_values_the_first_gets_the_gradient_and_only_that() -> None:
         assert torch.allclose(value, expected, rtol=1e-5, atol=1e-4)
 
 
+def gradients(layer: Layer, x: torch.Tensor, conv: nn.Conv2d) -> list[torch.Tensor]:
+    """Value and gradients of images, weight and bias."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = layer(x, conv)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, (x, conv.weight, conv.bias), direction)]
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "padding", "stride"), [(6, 5, 0, 1), (2, 3, 0, 1), (6, 5, 2, 1), (3, 3, 0, 2)]
+)
+def test_a_convolution_of_few_channels_has_the_gradients_of_any(
+    channels: int, kernel: int, padding: int, stride: int, order: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 16, kernel, padding=padding, stride=stride).to(memory_format=order)
+    x = torch.randn(7, channels, 14, 12).contiguous(memory_format=order)
+    for value, expected in zip(
+        gradients(conv_of_few_channels, x, conv), gradients(lambda x, conv: conv(x), x, conv), strict=True
+    ):
+        assert torch.allclose(value, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_which_convolutions_of_few_channels_are_left_to_torch() -> None:
+    """Images without a gradient, other types, autocast, and layers that somebody watches."""
+    conv, x, seen = nn.Conv2d(2, 4, 3), torch.randn(2, 2, 6, 6), []
+    assert conv_of_few_channels(x, conv).grad_fn.name().startswith("Convolution")
+    double = x.double().requires_grad_()
+    assert conv_of_few_channels(double, nn.Conv2d(2, 4, 3).double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv_of_few_channels(x.clone().requires_grad_(), conv).dtype == torch.bfloat16
+    conv.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    conv_of_few_channels(x.clone().requires_grad_(), conv)
+    assert seen == [(2, 4, 4, 4)]
+
+
 @pytest.mark.parametrize(
     ("conv", "shape"),
     [
@@ -93,6 +140,12 @@ def test_lenet_is_the_network_it_was(side: int) -> None:
     expected = plain(plain(x, model.conv1), model.conv2).flatten(1)
     expected = model.fc3(F.relu(model.fc2(F.relu(model.fc1(expected)))))
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(model(x).square().sum(), list(model.parameters())),
+        torch.autograd.grad(expected.square().sum(), list(model.parameters())),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_a_layer_that_is_watched_is_called() -> None:

@@ -191,6 +191,28 @@ def test_results_name_hardware_and_versions() -> None:
     assert set(versions) == {"feddip_mpi", "python", "torch", "numpy", "h5py", "mpi4py"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "processor", "lacks"),
+    [
+        ("fpu avx2 avx512f avx512_bf16", "Some CPU, AVX-512", False),
+        ("fpu avx2 avx512f", "Some CPU, AVX-512", True),
+        ("fpu avx2", "Some CPU, AVX2", True),
+        ("fpu", "Some CPU", True),
+        (None, "Some CPU", False),  # no x86: nothing is known
+    ],
+)
+def test_a_processor_is_named_with_its_vectors_and_asked_for_bf16(
+    flags: str | None, processor: str, lacks: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = {"model name": "Some CPU"} | ({"flags": flags} if flags is not None else {})
+    monkeypatch.setattr(runtime, "_cpu_info", lambda: told)
+    assert runtime.hardware()["processor"] == processor
+    assert runtime.lacks_bf16() == lacks
+    with caplog.at_level("WARNING", "feddip_mpi"):
+        runtime.prepare_torch(Config(precision="bf16", device="cpu"), 0)
+    assert ("emulated" in caplog.text) == lacks
+
+
 def test_the_launcher_s_rank_before_mpi_starts() -> None:
     assert runtime.launched_rank({}) == 0
     assert runtime.launched_rank({"OMPI_COMM_WORLD_RANK": "3", "PMI_RANK": "1"}) == 3
