@@ -5,19 +5,23 @@
 
 What has been run so far counts; the same command again takes up what has finished since. Written are the parts between
 `<!-- study -->` and `<!-- end study -->` in README.md and docs/results/study.md, and docs/results/study/: the report's
-overview, accuracy by round for each partition and sparsity, and its summary.csv. `--short` writes every evaluation of short runs
-into docs/results/study/cifar-short.csv instead, whatever they train.
+overview, accuracy by round for each partition and sparsity, its summary.csv, and runs.jsonl with what all that is made
+from. Runs that stand there are counted with those of the folders, so that a study can grow where the folders of its first
+runs are gone; of a run that is in both, the folder's counts. `--short` writes every evaluation of short runs into
+docs/results/study/cifar-short.csv instead, whatever they train.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from feddip_mpi import hdf5
+from feddip_mpi import config, hdf5
 from feddip_mpi.report import accuracy_figures, drawing, figures, page, plots, runs, summaries, tables
-from feddip_mpi.report.runs import Found, Run
+from feddip_mpi.report.runs import Found, Hardware, Run
 from feddip_mpi.report.summaries import Group, Line
 
 ROOT = Path(__file__).parents[1]
@@ -33,30 +37,34 @@ COLUMNS = (("iid", 0.95), ("iid", 0.98), ("dirichlet(0.5)", 0.95))
 def main(words: Sequence[str] | None = None) -> None:
     """Take what is finished into the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of the sweep")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of the sweep; none: from runs.jsonl alone")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs lie")
     parser.add_argument("--short", action="store_true", help="write cifar-short.csv and nothing else")
     arguments = parser.parse_args(words)
-    found = runs.find(arguments.runs)
+    found = runs.find(arguments.runs) if arguments.runs else Found()
     if arguments.short:
         hdf5.write_text(arguments.root / "docs" / "results" / "study" / "cifar-short.csv", evaluations(found.runs))
         return
+    root, folder = arguments.root, arguments.root / "docs" / "results" / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    add_stored(found, folder / "runs.jsonl")
+    if not found.runs:
+        parser.error("no runs: none given and none stored")
     made = summaries.groups(found.runs)
     families = summaries.families(made)
     if len(families) != 1:
         parser.error(f"one study at a time; these folders hold {'; '.join(families)}")
     ((name, family),) = families.items()
-    root, folder = arguments.root, arguments.root / "docs" / "results" / "study"
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(made, family, folder)
     letters = summaries.hardware_letters(found.runs)
     lines = [line for groups in family.values() for line in summaries.lines(groups)]
+    hdf5.write_text(folder / "runs.jsonl", "".join(to_line(run) + "\n" for run in sorted(found.runs, key=key_of)))
     hdf5.write_text(folder / "summary.csv", tables.to_csv(tables.summary_rows(lines, letters)))
     fill(root / "README.md", f"{compact(family)}\n{source(found)}")
     whole = [
         tables.to_markdown(name, family),
         source(found),
-        *(f"![{p.title}](study/{p.name}.png)\n" for p in pictures),
+        *(f"![{title}](study/{name}.png)\n" for name, title in pictures.items()),
     ]
     fill(root / "docs" / "results" / "study.md", "\n".join(whole))
 
@@ -120,31 +128,90 @@ def source(found: Found) -> str:
     return f"{text[:1].upper()}{text[1:]}.\n"
 
 
-def draw(made: Sequence[Group], family: Mapping[str, Sequence[Group]], folder: Path) -> list[drawing.Picture]:
-    """The pictures, saved."""
+# What tables and figures take of a summary.
+SUMMARY = (
+    "rounds", "test_accuracy", "test_accuracy_mean_of_last_5", "evaluations_in_mean", "upload_bytes", "seconds", "seed",
+    "versions", "mpi",
+)  # fmt: skip
+RECORD = ("round", "test_accuracy", "sparsity")
+
+
+def key_of(run: Run) -> tuple[str, str, float, int]:
+    """What a run of the study is told by."""
+    settings = run.config
+    return summaries.partition_of(settings), run.label, settings.sparsity.final, settings.seed
+
+
+def to_line(run: Run) -> str:
+    """A run as a line of runs.jsonl: what tells it, and the evaluations."""
+    settings, defaults = config.flat(run.config), config.flat(config.Config())
+    rows = [row for row in run.records if row.get("test_accuracy") is not None]
+    return json.dumps({
+        "run": run.name, "label": run.label,
+        "config": {name: value for name, value in settings.items() if value != defaults[name] and name != "data.path"},
+        "summary": {"evaluations_in_mean": min(5, len(rows))}
+        | {name: run.summary[name] for name in SUMMARY if name in run.summary},
+        "hardware": vars(run.hardware),
+        "evaluations": [[row[name] for name in RECORD] for row in rows],
+    })  # fmt: skip
+
+
+def from_line(line: str) -> Run:
+    """The inverse of `to_line`, as far as tables and figures go."""
+    told = json.loads(line)
+    settings = config.validate(nested(told["config"]))
+    rows = [dict(zip(RECORD, values, strict=True)) for values in told["evaluations"]]
+    return Run(Path(told["run"]), settings, rows, told["summary"], Hardware(**told["hardware"]), told["label"])
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key as tables within tables."""
+    whole: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parts, last = name.split(".")
+        table = whole
+        for part in parts:
+            table = table.setdefault(part, {})
+        table[last] = value
+    return whole
+
+
+def add_stored(found: Found, path: Path) -> None:
+    """Add the runs of a runs.jsonl that are not among those found."""
+    own = {key_of(run) for run in found.runs}
+    stored = map(from_line, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+    found.runs += [run for run in stored if key_of(run) not in own]
+
+
+def draw(made: Sequence[Group], family: Mapping[str, Sequence[Group]], folder: Path) -> dict[str, str]:
+    """Save the pictures; their titles by name. Accuracy by round needs every run's evaluations: else what is there stays."""
     look = drawing.Look(made)
     footer = drawing.footer_of(summaries.hardware_letters([run for group in made for run in group.runs]))
-    for old in folder.glob("*.png"):
-        old.unlink()
-    drawn = []
+    titles: dict[str, str] = {}
+
+    def save(picture: drawing.Picture, level: str) -> None:
+        finished = drawing.finish(picture, level, footer)
+        name = page.slug(finished.name)
+        plots._save(finished.figure, folder / f"{name}.png")
+        titles[name] = finished.title
+
     with drawing.style():
-        overview = accuracy_figures.overview(family, look)
-        found = [(overview, "")] if overview else []
+        if (overview := accuracy_figures.overview(family, look)) is not None:
+            save(overview, "")
         for partition, groups in family.items():
             dense = [group for group in groups if not group.prunes]
             for level in sorted({group.level for group in groups if group.prunes}):
                 members = [*dense, *(group for group in groups if group.prunes and group.level == level)]
-                picture = figures.accuracy_by_round(members, look)
-                if picture is not None:
-                    found.append((picture, f"{summaries.capital(partition)}, sparsity {level:.4g}"))
-        for picture, level in found:
-            finished = drawing.finish(picture, level, footer)
-            named = drawing.Picture(
-                page.slug(finished.name), finished.title, finished.alternative, finished.figure, finished.groups
-            )
-            plots._save(named.figure, folder / f"{named.name}.png")
-            drawn.append(named)
-    return drawn
+                place = f"{summaries.capital(partition)}, sparsity {level:.4g}"
+                if all(len(run.records) > 1 for group in members for run in group.runs):
+                    if (picture := figures.accuracy_by_round(members, look)) is not None:
+                        save(picture, place)
+                elif (folder / f"{page.slug(f'accuracy-by-round-{place}')}.png").exists():
+                    titles[page.slug(f"accuracy-by-round-{place}")] = f"Accuracy by round, {place}"
+    for old in folder.glob("*.png"):
+        if old.stem not in titles:
+            old.unlink()
+    return titles
 
 
 def fill(path: Path, text: str) -> None:

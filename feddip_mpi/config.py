@@ -24,7 +24,7 @@ from feddip_mpi.settings import PUBLISHED_PENALTY, Config
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "balance", "network.latency", "network.bandwidth", "data.path", "eval.every",
-    "eval.clients", "upload.residual_memory", "upload.residual_folder", "checkpoint.every", "checkpoint.keep",
+    "eval.clients", "eval.overlap", "upload.residual_memory", "upload.residual_folder", "checkpoint.every", "checkpoint.keep",
     "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device", "clients_at_once", "memory_fraction",
     "stop_grace", "watchdog", "tensorboard", "on_rank_failure", "recovery_timeout",
 )  # fmt: skip

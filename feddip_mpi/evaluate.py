@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from feddip_mpi.errors import Abandoned
 from feddip_mpi.local import DeviceData
 from feddip_mpi.vector import BoundModel
 
@@ -26,28 +27,43 @@ class BatchScores:
     correct: np.ndarray
 
 
+def batch_count(data: DeviceData, batch_size: int) -> int:
+    """Of how many evaluation batches a split consists."""
+    return -(-data.labels.numel() // batch_size)
+
+
 def score(
-    bound: BoundModel, weights: Tensor, data: DeviceData, batch_size: int, rank: int = 0, ranks: int = 1
+    bound: BoundModel,
+    weights: Tensor,
+    data: DeviceData,
+    batch_size: int,
+    batches: Collection[int] | None = None,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> BatchScores:
-    """Evaluate every `ranks`-th batch in eval mode without autograd.
+    """Evaluate some batches in eval mode without autograd.
 
     Batches are cut the same way for any number of ranks, so that sums in batch order give the same bits.
 
     Args:
         weights: float32 [n], the pruned model.
         data: the test split.
+        batches: which of its batches; None: all.
+        give_up: asked before every batch.
+
+    Raises:
+        Abandoned: `give_up` said so.
     """
     bound.vector.copy_(weights)
     bound.model.eval()
     count = data.labels.numel()
-    starts = list(range(0, count, batch_size))
-    losses = np.zeros(len(starts))
+    whole = batch_count(data, batch_size)
+    losses = np.zeros(whole)
     correct = torch.zeros(count, dtype=torch.uint8, device=data.labels.device)
     with torch.inference_mode():
-        for batch, start in enumerate(starts):
-            if batch % ranks != rank:
-                continue
-            part = slice(start, min(start + batch_size, count))
+        for batch in range(whole) if batches is None else batches:
+            if give_up():
+                raise Abandoned("a round was abandoned while the model of the one before was evaluated")
+            part = slice(batch * batch_size, min((batch + 1) * batch_size, count))
             logits = bound.model(data.normalised(data.images[part]))
             labels = data.labels[part]
             losses[batch] = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))

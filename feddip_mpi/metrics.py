@@ -87,7 +87,7 @@ FIELDS: dict[str, Field] = {
     },
     "residual_bytes": Field("int", "ranks", "residuals that moved with their client to another rank"),
     "control_bytes": Field(
-        "int", "ranks", "digest of the plan, status and scores of the round handed to MPI, all ranks"
+        "int", "ranks", "digest of the plan, status and scores handed to MPI in the round, all ranks"
     ),
     "train_seconds": Field("float", "clock", "local training, slowest rank"),
     "encode_seconds": Field("float", "clock", "encoding, slowest rank"),
@@ -97,7 +97,11 @@ FIELDS: dict[str, Field] = {
     "transfer_seconds": Field("float", "clock", "messages under way, slowest rank; most of it behind training"),
     "decode_seconds": Field("float", "clock", "decoding and summing, slowest rank"),
     "server_seconds": Field("float", "clock", "server step, slowest rank"),
-    "evaluate_seconds": Field("float", "clock", "evaluation, slowest rank"),
+    "evaluate_seconds": Field(
+        "float",
+        "clock",
+        "evaluation in this round, of its model or that of the round before (eval.overlap), slowest rank",
+    ),
     "checkpoint_seconds": Field("float", "clock", "what the run waited for its checkpoints after this round"),
     "round_seconds": Field("float", "clock", "the whole round on rank 0, checkpoint included"),
     "samples_per_second": Field("float", "clock", "images trained on per second of the round"),

@@ -43,6 +43,28 @@ def assign(
     return {client: placed[client] for client in participants}
 
 
+def fill_up(pieces: int, size: float, loads: Sequence[float], speeds: Sequence[float] | None = None) -> list[list[int]]:
+    """Give equal pieces of work one by one to the rank that would be done with it first.
+
+    Args:
+        pieces: how many.
+        size: of each.
+        loads: what each rank has to do besides, in the same unit.
+        speeds: of the ranks, in any unit; None where all are equal.
+
+    Returns:
+        The pieces of each rank, ascending.
+    """
+    pace = list(speeds) if speeds is not None else [1.0] * len(loads)
+    done = [load / speed for load, speed in zip(loads, pace, strict=True)]
+    given: list[list[int]] = [[] for _ in loads]
+    for piece in range(pieces):
+        rank = min(range(len(loads)), key=lambda r: (done[r] + size / pace[r], r))
+        done[rank] += size / pace[rank]
+        given[rank].append(piece)
+    return given
+
+
 def learnt_speeds(
     old: Sequence[float] | None, placed: Mapping[int, int], samples: Sequence[int], seconds: Sequence[float]
 ) -> list[float]:

@@ -128,7 +128,7 @@ def merged(
     record = {
         **_planned(plan, comm.size),
         **_of_the_server(layout, srv, step),
-        **_score_fields(scores),
+        **score_fields(scores),
         "train_loss": float((loss * samples).sum() / samples.sum()),
         "residual_norm": float(np.sqrt(squared.sum())),
         "samples": int(samples.sum()),
@@ -171,7 +171,8 @@ def _of_the_server(layout: Layout, srv: Server, step: StepReport) -> metrics.Rec
     }
 
 
-def _score_fields(scores: evaluate.Scores | None) -> dict[str, Any]:
+def score_fields(scores: evaluate.Scores | None) -> dict[str, Any]:
+    """What an evaluation adds to a record; nulls where there was none, or not yet."""
     if scores is None:
         return {"test_loss": None, "test_accuracy": None, "test_accuracy_top5": None, "client_accuracy": None}
     clients = None if scores.by_client is None else list(scores.by_client)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from feddip_mpi import checkpoint, config, rounds, server, session
+from feddip_mpi import checkpoint, config, scoring, server, session
 from feddip_mpi.checkpoint import Loaded
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.federation import Federation
@@ -46,7 +46,7 @@ def evaluate(comm: Communicator, path: str, overrides: Sequence[str]) -> dict[st
     built = session.build(comm, config.validate(values))
     session.on_root(comm, lambda: session.check_same(built, held[0]))
     weights = server.pruned(held[0].server.weights, held[0].server.mask).numpy() if held else None
-    scores = rounds.score_model(built, torch.from_numpy(comm.broadcast_array(weights)).to(built.device))
+    scores = scoring.score_model(built, torch.from_numpy(comm.broadcast_array(weights)).to(built.device))
     own = {
         "test_loss": scores.loss,
         "test_accuracy": scores.top1,

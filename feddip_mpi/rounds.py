@@ -18,12 +18,12 @@ from feddip_mpi import (
     codec,
     control,
     costs,
-    evaluate,
     masks,
     metrics,
     placement,
     records,
     residuals,
+    scoring,
     server,
     streams,
 )
@@ -74,6 +74,7 @@ class State:
         opened: what was sent before the first round; the first record tells it.
         residuals_lost: of how many clients a dead rank took residuals along since the last complete round.
         speeds: measured training speed of every rank (`balance: speed`), the same on every rank; None for equal ones.
+        unscored: the record of the last round where its model is still to be evaluated, in the next one (`scoring`).
     """
 
     server: Server
@@ -85,6 +86,7 @@ class State:
     opened: besides.Opened | None = None
     residuals_lost: int = 0
     speeds: list[float] | None = None
+    unscored: metrics.Record | None = None
 
     def become(self, other: State) -> None:
         """Take over all of `other`: a round is complete."""
@@ -152,6 +154,7 @@ def run(
         own = plan_round(config, state.server.round, saver.overdue(), control.decide(config, history))
         own = replace(own, exchange=choice.mode(own, state.server.support))
         plan = RoundPlan.from_json(comm.broadcast(own.to_json()))
+        earlier = state.unscored
         try:
             record = play(federation, state, plan, life)
         except Abandoned as abandoned:
@@ -159,21 +162,48 @@ def run(
             if state.server.round:
                 compare_replicas(comm, state.server)
                 saver.save(state, history)
+            if earlier is not None:  # there is no time to evaluate it now; whoever resumes the run does
+                report(earlier)
             return True
+        except FeddipError as error:
+            if earlier is not None and error.shared and not isinstance(error, RankLost):
+                _score_now(federation, state, life)
+                report(earlier)
+            raise
+        if earlier is not None:
+            report(earlier)
         saving = time.perf_counter()
         # A checkpoint cannot hold how long saving it took: its last row gets the time up to here.
         _clock(record, started, saving)
         history.append(record)
         life.enter("checkpoint", plan.round)
         stop = comm.any(stop_requested()) and not _is_last(federation, state)
+        if stop:
+            _score_now(federation, state, life)
         if plan.checkpoint or stop:
             compare_replicas(comm, state.server)
             saver.save(state, history)
             _clock(record, started, saving)
-        report(record)
+        if state.unscored is None:
+            report(record)
         if stop:
             return True
+    if state.unscored is not None:  # saved without, and resumed with as many rounds as were done
+        report(_score_now(federation, state, life))
     return False
+
+
+def _score_now(federation: Federation, state: State, life: Life) -> metrics.Record:
+    """Evaluate the last round now, if that is still to be done; all ranks have the scores, or none. Returns its record."""
+    record = state.unscored
+    if record is None:
+        return {}
+    life.enter("evaluate", state.server.round - 1)
+    scores = scoring.score_model(federation, server.pruned(state.server.weights, state.server.mask))
+    federation.comm.commit()
+    record.update(records.score_fields(scores))
+    state.unscored = None
+    return record
 
 
 def _clock(record: metrics.Record, started: float, saving: float) -> None:
@@ -238,17 +268,26 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     comm = federation.comm
     meter = records.Meter(comm, lambda phase: life.enter(phase, plan.round))
     placed = placement.assign(plan.participants, federation.samples, state.holders, comm.size, state.speeds)
-    comm.require_same(
-        f"the plan of round {plan.round + 1}", [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES]
-    )
+    earlier, part = state.unscored, None
+    common = [plan.to_json(), placed, state.server.support.digest, codec.FRAME_BYTES, earlier is not None]
+    comm.require_same(f"the plan of round {plan.round + 1}", common)
     held = _move_residuals(federation, state, placed)
     task = _task(federation, state, plan, placed)
     exchange = Exchange(comm, task, state.owed, meter.phase)
     work, error = records.Work.nothing(len(plan.participants), held), None
     rules: Sequence[codec.Upload] = ()
     messages: list[list[codec.Message]] = []
+    received = server.pruned(state.server.weights, state.server.mask)
+
+    def give_up() -> bool:
+        comm.poll()  # who only computes would learn of a rank's death when it has finished
+        return life.give_up()
+
     try:
-        _train_and_send(federation, state.server, plan, task, exchange, work, meter, life)
+        _train_and_send(federation, state.server, received, plan, task, exchange, work, meter, give_up)
+        if earlier is not None:
+            with meter.phase("evaluate"):
+                part = scoring.score_part(federation, received, placed, state.speeds, give_up)
         planned = upload_rule(federation.config, plan, state.server.support)
         rules = federation.method.extras(federation.config, plan, planned)
         messages = _encode_extras(federation, state.server.support, plan, rules, work)
@@ -267,12 +306,18 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
         stepped, step, memories = federation.method.step(state.server, outcome.aggregate, extras, state.memories, plan)
     reference = _reference(state, task, outcome.aggregate)
     after = State(stepped, work.held, _holders(state, placed), reference, outcome.owed, memories, speeds=speeds)
+    later = plan.evaluate and not plan.checkpoint and scoring.can_wait(federation, stepped.round, after.holders, speeds)
     with meter.phase("evaluate"):
-        scores = _evaluate(federation, stepped) if plan.evaluate else None
+        known = scoring.merged(federation, part) if part is not None else None
+        now = plan.evaluate and not later
+        scores = scoring.score_model(federation, server.pruned(stepped.weights, stepped.mask)) if now else None
     told = records.Told(outcome.download, state.opened, state.residuals_lost)
     record = records.merged(federation, stepped, plan, work, told, step, scores, meter)
+    after.unscored = record if later else None
     life.enter("commit", plan.round)
     comm.commit()
+    if earlier is not None:
+        earlier.update(records.score_fields(known))
     state.become(after)
     return record
 
@@ -326,15 +371,11 @@ def _reference(state: State, task: Task, combined: Aggregate) -> Tensor | None:
 
 
 def _train_and_send(
-    federation: Federation, srv: Server, plan: RoundPlan, task: Task, exchange: Exchange, work: records.Work,
-    meter: records.Meter, life: Life,
+    federation: Federation, srv: Server, received: Tensor, plan: RoundPlan, task: Task, exchange: Exchange,
+    work: records.Work, meter: records.Meter, give_up: Callable[[], bool],
 ) -> None:  # fmt: skip
-    comm, received = federation.comm, server.pruned(srv.weights, srv.mask)
+    comm = federation.comm
     federation.trainers.begin_round(plan.round, plan.update_mask)
-
-    def give_up() -> bool:
-        comm.poll()  # who only trains would learn of a rank's death when it has finished
-        return life.give_up()
 
     def train(trainer: LocalTrainer, client: int, give_up: Callable[[], bool], alone: bool) -> LocalResult:
         samples, rates = federation.partition.train[client], (plan.learning_rate, plan.penalty)
@@ -439,21 +480,6 @@ def _diverged(plan: RoundPlan, client: int, rank: int, what: str) -> str:
         f"client {client} (rank {rank}) diverged in round {plan.round + 1}: {what}, learning rate "
         f"{plan.learning_rate:g}; checkpoints are untouched. Start a new run with a lower learning_rate"
     )
-
-
-def _evaluate(federation: Federation, srv: Server) -> evaluate.Scores:
-    return score_model(federation, server.pruned(srv.weights, srv.mask))
-
-
-def score_model(federation: Federation, weights: torch.Tensor) -> evaluate.Scores:
-    """Evaluate float32 [n] on the global test set, sharded over the ranks; the same result on every rank."""
-    comm, config = federation.comm, federation.config
-    own = evaluate.score(federation.bound, weights, federation.test_data, config.eval.batch_size, comm.rank, comm.size)
-    parts = [
-        evaluate.BatchScores(losses, correct)
-        for losses, correct in zip(comm.gather(own.losses), comm.gather(own.correct), strict=True)
-    ]
-    return evaluate.merge(parts, federation.partition.test if config.eval.clients else None)
 
 
 def compare_replicas(comm: Communicator, srv: Server) -> None:

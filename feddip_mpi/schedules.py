@@ -76,6 +76,11 @@ def regrow(config: Config, finished: int, update_mask: bool) -> float:
     return config.upload.regrow * scale
 
 
+def evaluates(config: Config, finished: int) -> bool:
+    """Whether the model is evaluated after so many finished rounds."""
+    return finished == config.rounds or finished % config.eval.every == 0
+
+
 def participants(config: Config, t: int) -> tuple[int, ...]:
     """K of the N clients, drawn without replacement, in ascending order."""
     draw = stream(config.seed, "participants", t).choice(config.clients, config.participants, replace=False)
@@ -164,7 +169,7 @@ def plan_round(config: Config, t: int, overdue: bool = False, control: Control =
         regrow=control.regrow_scale * regrow(config, finished, update_mask) if mode == "masked" else 0.0,
         dense_upload=mode == "dense",
         participants=participants(config, t),
-        evaluate=last_round or finished % config.eval.every == 0,
+        evaluate=evaluates(config, finished),
         checkpoint=last_round or overdue or finished % config.checkpoint.every == 0,
         exchange=config.exchange,
         penalty_scale=control.penalty_scale,

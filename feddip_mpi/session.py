@@ -27,6 +27,7 @@ from feddip_mpi import (
     rounds,
     runtime,
     schedules,
+    scoring,
     server,
 )
 from feddip_mpi.checkpoint import Loaded
@@ -302,7 +303,10 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
     history = list(loaded.history) if loaded else []
     if comm.fault_tolerant:
         history = comm.broadcast(history)
-    return State(srv, held, holders, reference, owed, memories), history, created
+    # A run that was stopped in the middle of a round had no time to evaluate the one before: the next round does.
+    is_owed = on_root(comm, lambda: scoring.is_owed(built.config, history[-1]))
+    unscored = (history[-1] if history else {}) if is_owed else None
+    return State(srv, held, holders, reference, owed, memories, unscored=unscored), history, created
 
 
 def check_same(built: Federation, loaded: Loaded) -> None:
@@ -334,11 +338,10 @@ def _play(built: Federation, run: Run, state: State | None, history: list[Record
 
 def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -> None:
     comm, folder, stop = built.comm, run.folder, run.stop
+    told = [record for record in history if record is not state.unscored]
     saver = run.saver = FolderSaver(built, folder, run.created)
     sinks: list[metrics.Sink] = []  # of rank 0
-    on_root(
-        comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, history, built.config.tensorboard))
-    )
+    on_root(comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, told, built.config.tensorboard)))
     if comm.any(stop.requested):
         comm.check(_stopped_before(state.server.round, run))
     progress = terminal.progress(built, folder.path) if comm.rank == 0 else None
@@ -506,8 +509,8 @@ def _save_now(saver: FolderSaver, state: State, history: list[Record]) -> None:
 def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
     pruned = history[-1]["test_accuracy"] if history else None
     if pruned is None:  # resumed with as many rounds as are done, the last of which was not evaluated
-        pruned = rounds.score_model(built, server.pruned(state.server.weights, state.server.mask)).top1
-    memory = rounds.score_model(built, state.server.weights)
+        pruned = scoring.score_model(built, server.pruned(state.server.weights, state.server.mask)).top1
+    memory = scoring.score_model(built, state.server.weights)
     if built.comm.rank != 0:
         return
     summary = summarise(built, history, pruned, memory.top1, state.server.mask)

@@ -239,6 +239,11 @@ class EvalConfig(_Section):
     every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
     batch_size: int = Field(500, ge=1, description="images per evaluation batch")
     clients: bool = Field(False, description="also report the accuracy on each client's own test part")
+    overlap: bool = Field(
+        True,
+        description="ranks that would wait for others in a round evaluate the model of the round before in that time; "
+        "its record comes one round later",
+    )
 
 
 class CheckpointConfig(_Section):

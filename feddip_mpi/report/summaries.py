@@ -244,7 +244,12 @@ def dense_of(made: Sequence[Group]) -> Group | None:
 
 def last_evaluations(made: Sequence[Group]) -> str:
     """Of which evaluations `Line.last5` is the mean, in words: five, or fewer where a run had no more."""
-    counts = {sum(row.get("test_accuracy") is not None for row in run.records) for group in made for run in group.runs}
+    counts = {
+        int(run.summary.get("evaluations_in_mean") or 0)
+        or sum(row.get("test_accuracy") is not None for row in run.records)
+        for group in made
+        for run in group.runs
+    }
     if min(counts) >= 5:
         return "last 5 evaluations"
     return (

@@ -64,11 +64,12 @@ def pace_of(records: Sequence[Row], source: str, start_seconds: float = 0.0) -> 
     """The pace of a run from its rounds; medians, because a machine has bad moments. None without a round."""
     if not records:
         return None
-    evaluations = [row["evaluate_seconds"] for row in records if row.get("test_accuracy") is not None]
-    others = [row["round_seconds"] - row["train_seconds"] - row["evaluate_seconds"] for row in records]
+    # A model may be evaluated in the round after its own, by ranks that are not the slowest ones there.
+    evaluations = sum(row.get("test_accuracy") is not None for row in records)
+    others = [max(0.0, row["round_seconds"] - row["train_seconds"] - row["evaluate_seconds"]) for row in records]
     return Pace(
         statistics.median(row["train_seconds"] / max(1, row["samples"]) for row in records),
-        statistics.median(evaluations) if evaluations else 0.0,
+        sum(row["evaluate_seconds"] for row in records) / evaluations if evaluations else 0.0,
         statistics.median(others),
         start_seconds,
         source,

@@ -45,6 +45,9 @@ CASES: dict[str, dict[str, Any]] = {
     "by speed": {**INT4, "balance": "speed"},
     "side by side": {**INT4, "clients_at_once": 2},
     "bf16": {**INT4, "precision": "bf16", "upload__residual_values": "bf16", "upload__residual_memory": 0},
+    # Ranks that wait evaluate the model of the round before, but at checkpoints.
+    "waiting": {"participants": 3, "eval__clients": True},
+    "waiting at the end": {"participants": 3, "eval__clients": True, "eval__overlap": False},
     "fedprox": {"method": "fedprox", "proximal": 0.5, "data__partition": "pathological", "upload__values": "fp32"},
 }  # fmt: skip
 LAYOUTS = {"1": (1, "default"), "2": (2, "default"), "4": (4, "default"), "mpich": (2, "mpich")}
@@ -110,6 +113,7 @@ def test_the_exchange_changes_no_bit(trained: dict[str, Path], layout: str) -> N
             ],
         ),
         ("ef21", ["ef21 allgatherv"]),
+        ("waiting", ["waiting at the end"]),
     ):
         ours = runs.contents(runs.newest(folder / base))
         for other in others:
@@ -129,6 +133,16 @@ def test_ranks_that_wait_are_told(trained: dict[str, Path]) -> None:
     assert waited > 0.5 * sum(line["wait_seconds"] for line in lines)
     # The last record's seconds end with the last checkpoint, which the summary's do too.
     assert json.loads((run / "finished.json").read_text())["idle_share"] == pytest.approx(waited / whole)
+
+
+@pytest.mark.parametrize("layout", ["1", "2", "4"])
+def test_ranks_that_wait_evaluate_the_round_before(trained: dict[str, Path], layout: str) -> None:
+    """Rounds 2, 4 and 5 are saved and scored at their end, 1 and 3 in rounds 2 and 4: their scores travel there."""
+    folder, ranks = train_all(trained, layout), LAYOUTS[layout][0]
+    later, at_once = (runs.lines(folder / name) for name in ("waiting", "waiting at the end"))
+    scores = ranks * (8 * 7 + 200)  # a loss for each batch of 32 images, a byte for each image
+    moved = [own["control_bytes"] - other["control_bytes"] for own, other in zip(later, at_once, strict=True)]
+    assert moved == ([0] * 5 if ranks == 1 else [-scores, scores, -scores, scores, 0])
 
 
 def test_whole_runs_over_two_nodes_change_no_bit(trained: dict[str, Path], tmp_path: Path) -> None:

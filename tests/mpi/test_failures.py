@@ -27,7 +27,7 @@ def fail(
     config: Path, run: Path, fault: str, ranks: int | None = 2, library: str = "default", **changes: Any
 ) -> launch.Result:
     """Train with a fault (see small_models.py); whatever happens, the job ends soon and leaves no process."""
-    argv = [*launch.FEDDIP, *runs.train(config, run, **FRAGILE, **changes)]
+    argv = [*launch.FEDDIP, *runs.train(config, run, **{**FRAGILE, **changes})]
     done = launch.run(argv, ranks, library, 60, {"FEDDIP_TEST_FAULT": fault})
     assert done.orphans == 0
     assert not (run / "finished.json").exists()
@@ -81,6 +81,14 @@ def test_nan_stops_all_and_says_where(config: Path, tmp_path: Path, ranks: int |
     client, rank, round = map(int, told[0])
     assert (rank, round) == (last, 3) and 0 <= client < 8
     assert saved_rounds(tmp_path / "run") == [1, 2]
+
+
+def test_the_last_whole_round_has_its_scores_when_an_error_ends_the_run(config: Path, tmp_path: Path) -> None:
+    """Three clients on two ranks: round 2 was to be evaluated in round 3, in which a loss is NaN."""
+    done = fail(config, tmp_path / "run", f"nan:0:{2 * 8 + 1}", participants=3, checkpoint__every=99).expect(4)
+    assert "diverged in round 3" in done.text
+    told = runs.lines(tmp_path / "run")
+    assert [line["round"] for line in told] == [1, 2] and all(line["test_accuracy"] is not None for line in told)
 
 
 def saved_rounds(run: Path) -> list[int]:

@@ -17,8 +17,9 @@ from feddip_mpi import run_folder
 
 pytestmark = pytest.mark.mpi
 
-# Long enough for signals to hit it.
-LONG = {"model__name": "small_models:fragile", "rounds": 30, "checkpoint__every": 3, "checkpoint__best": False}
+# Long enough for signals to hit it; of two ranks or four some wait, and evaluate the round before meanwhile.
+LONG = {"model__name": "small_models:fragile", "rounds": 30, "participants": 3, "checkpoint__every": 3,
+        "checkpoint__best": False}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def never_stopped(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def slowly(ranks: int | None) -> dict[str, str]:
-    """A round lasts 0.3 seconds on any number of ranks: 16 local steps that the ranks share."""
+    """A round lasts 0.3 seconds on any number of ranks: 12 local steps that the ranks share."""
     return {"FEDDIP_TEST_SLEEP": str(0.02 * (ranks or 1))}
 
 
@@ -143,7 +144,7 @@ def test_a_round_that_cannot_finish_in_time_is_abandoned(config: Path, never_sto
     done = stop(runs.train(config, run, **LONG, stop_grace=0.2), run, signal.SIGUSR1, 2)
     before = len(runs.lines(run))
     assert before == done
-    # Eight batches a rank of 3 s each, of which 0.2 s are granted.
+    # Four or eight batches a rank of 3 s each, of which 0.2 s are granted.
     with launch.Job([*launch.FEDDIP, "resume", str(run)], 2, extra={"FEDDIP_TEST_SLEEP": "3"}) as job:
         job.wait_until(lambda: "run folder" in job.text)
         time.sleep(2)  # into the first batch
@@ -156,6 +157,34 @@ def test_a_round_that_cannot_finish_in_time_is_abandoned(config: Path, never_sto
     launch.run([*launch.FEDDIP, "resume", str(run), "--set", "stop_grace=60"], 2).expect(0)
     ours, theirs = runs.contents(runs.newest(never_stopped)), runs.contents(runs.newest(run))
     assert [name for name in ours if name != "config" and ours[name] != theirs[name]] == []
+
+
+def test_a_resume_evaluates_what_an_abandoned_round_left(config: Path, tmp_path: Path) -> None:
+    """The round before the abandoned one was to be evaluated in it, and is saved without its scores."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    changes = {**LONG, "rounds": 8, "checkpoint__every": 99, "stop_grace": 0.2}
+    launch.run([*launch.FEDDIP, *runs.train(config, whole, **changes)]).expect(0)
+    # Eight batches of 0.4 s on rank 0; the line of a round stands there when the next one has ended.
+    with launch.Job(
+        [*launch.FEDDIP, *runs.train(config, run, **changes)], 2, extra={"FEDDIP_TEST_SLEEP": "0.4"}
+    ) as job:
+        job.wait_until(lambda: len(runs.lines(run)) >= 1)
+        job.send(signal.SIGUSR1)
+        job.wait(60).expect(75)
+    done, accuracies = len(runs.lines(run)), [line["test_accuracy"] for line in runs.lines(run)]
+    assert f"round {done + 1} was abandoned" in (run / "run.log").read_text()
+    assert done >= 2 and accuracies[-1] is None and None not in accuracies[:-1]
+    assert runs.newest(run).name == f"round-{done:06d}.h5"
+    for enough in (str(done), "8"):
+        other = tmp_path / f"rounds-{enough}"
+        shutil.copytree(run, other)
+        launch.run([*launch.FEDDIP, "resume", str(other), "--set", f"rounds={enough}"], 2).expect(0)
+        told = runs.lines(other)
+        assert [line["round"] for line in told] == list(range(1, int(enough) + 1))
+        assert [line["test_accuracy"] for line in told] == [
+            line["test_accuracy"] for line in runs.lines(whole)[: int(enough)]
+        ]
+    runs.assert_equal(whole, tmp_path / "rounds-8")
 
 
 def test_a_run_that_was_never_saved_begins_again(config: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_any_number_of_ranks_gives_the_same_bits(ranks: int) -> None:
     model, images = bound(rows.float()), split(labels)
     weights = model.vector.clone()
     whole = evaluate.merge([evaluate.score(model, weights, images, 10)])
-    parts = [evaluate.score(model, weights, images, 10, rank, ranks) for rank in range(ranks)]
+    parts = [evaluate.score(model, weights, images, 10, range(rank, 11, ranks)) for rank in range(ranks)]
     merged = evaluate.merge(parts)
     assert np.float64(merged.loss).tobytes() == np.float64(whole.loss).tobytes()
     assert merged == whole

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feddip_mpi.placement import assign, by_rank, learnt_speeds
+from feddip_mpi.placement import assign, by_rank, fill_up, learnt_speeds
 
 
 @st.composite
@@ -82,3 +82,24 @@ def test_speeds_are_learnt_from_what_was_trained_in_which_time() -> None:
     assert second[:2] == first[:2] and 10 < second[2] < 125
     assert learnt_speeds(None, {}, samples, [0.0, 0.0, 0.0]) == [1.0, 1.0, 1.0]
     assert learnt_speeds(second, {}, samples, [0.0, 0.0, 0.0]) == second
+
+
+@given(
+    st.integers(0, 40),
+    st.integers(1, 50),
+    st.lists(st.tuples(st.integers(0, 500), st.integers(1, 9)), min_size=1, max_size=6),
+)
+def test_pieces_go_where_they_are_done_first(pieces: int, size: int, ranks: list[tuple[int, int]]) -> None:
+    loads, speeds = [float(load) for load, _ in ranks], [float(speed) for _, speed in ranks]
+    given = fill_up(pieces, size, loads, speeds)
+    assert sorted(piece for own in given for piece in own) == list(range(pieces))
+    assert all(own == sorted(own) for own in given)
+    done = [(load + size * len(own)) / speed for load, own, speed in zip(loads, given, speeds, strict=True)]
+    for rank, own in enumerate(given):
+        # No rank with a piece would have it done sooner elsewhere.
+        others = [done[r] + size / speeds[r] for r in range(len(ranks)) if r != rank]
+        assert not own or done[rank] <= min(others, default=done[rank]) + 1e-9
+
+
+def test_pieces_without_speeds_even_out_loads() -> None:
+    assert fill_up(5, 10, [30.0, 10.0, 0.0]) == [[], [1, 3], [0, 2, 4]]

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -47,6 +48,39 @@ def test_documents_are_filled_between_their_marks_and_again(script: ModuleType, 
     with pytest.raises(SystemExit, match="README"):
         script.main([str(runs), "--root", str(tmp_path)])
     assert documents[0].read_text() == "no marks"
+
+
+def test_a_study_grows_where_its_first_runs_are_gone(script: ModuleType, tmp_path: Path) -> None:
+    """Seed 1, then seed 2 alone: documents, tables and stored runs are those of both at once."""
+    pytest.importorskip("matplotlib")
+    runs = made_runs.study(tmp_path / "runs")
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-2").mkdir()
+    for folder in runs.iterdir():
+        shutil.copytree(folder, tmp_path / f"seed-{folder.name[-1]}" / folder.name)
+    found = {}
+    for name, steps in {"at once": [[runs]], "grown": [[tmp_path / "seed-1"], [tmp_path / "seed-2"], []]}.items():
+        root = tmp_path / name
+        study = root / "docs" / "results" / "study"
+        study.mkdir(parents=True)
+        documents = (root / "README.md", root / "docs" / "results" / "study.md")
+        for path in documents:
+            path.write_text("<!-- study -->\n<!-- end study -->\n")
+        for folders in steps:
+            script.main([*map(str, folders), "--root", str(root)])
+        tables = (study / "summary.csv", study / "runs.jsonl")
+        found[name] = [*(path.read_text() for path in (*documents, *tables)), sorted(p.name for p in study.iterdir())]
+    assert found["at once"] == found["grown"]
+    assert len(found["grown"][3].splitlines()) == 6
+
+    # Of a run whose evaluations are lost, tables have what its summary says, and its old figures stay as they are.
+    stored, picture = study / "runs.jsonl", study / "accuracy-by-round-iid-sparsity-0.9.png"
+    lines = [json.loads(line) for line in stored.read_text().splitlines()]
+    stored.write_text("".join(json.dumps({**line, "evaluations": line["evaluations"][-1:]}) + "\n" for line in lines))
+    picture.write_bytes(b"as it was")
+    script.main(["--root", str(root)])
+    assert [path.read_text() for path in (*documents, tables[0])] == found["grown"][:3]
+    assert picture.read_bytes() == b"as it was"
 
 
 def test_short_runs_are_listed_evaluation_by_evaluation(script: ModuleType, tmp_path: Path) -> None:
