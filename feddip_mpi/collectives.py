@@ -33,6 +33,7 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
 
 # An MPI library that is stuck must not keep a process that wants to end.
 _ABORT_SECONDS, _FINALIZE_SECONDS = 5.0, 10.0
+_LAST_WORDS_SECONDS = 0.3
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -706,6 +707,8 @@ class Communicator:
         if self._revoked:
             os._exit(code)
         _exit_after(_ABORT_SECONDS, code)
+        # mpiexec (MPICH 5.0.2) ends without reading what is still in the pipes, and this may be why the job ends.
+        time.sleep(_LAST_WORDS_SECONDS)
         self._mpi.COMM_WORLD.Abort(code)
 
     def leave(self, code: int) -> None:
