@@ -40,6 +40,8 @@ ROWS = {
     "FedDIP 0.95": _AT_095,
     "FedAvg bf16": [*_FEDAVG, "precision=bf16"],
     "FedDIP 0.95 bf16": [*_AT_095, "precision=bf16"],
+    "FedAvg, no overlap": [*_FEDAVG, "eval.overlap=false"],
+    "FedDIP 0.95, no overlap": [*_AT_095, "eval.overlap=false"],
 }
 YARDSTICK = "plain PyTorch"
 # The yardstick of somebody who knows what glibc does with big blocks (docs/results/performance.md).

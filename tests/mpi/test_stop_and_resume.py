@@ -162,13 +162,14 @@ def test_a_round_that_cannot_finish_in_time_is_abandoned(config: Path, never_sto
 def test_a_resume_evaluates_what_an_abandoned_round_left(config: Path, tmp_path: Path) -> None:
     """The round before the abandoned one was to be evaluated in it, and is saved without its scores."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    changes = {**LONG, "rounds": 8, "checkpoint__every": 99, "stop_grace": 0.2}
+    changes = {**LONG, "method": "fedavg", "rounds": 8, "checkpoint__every": 99, "stop_grace": 0.2}
     launch.run([*launch.FEDDIP, *runs.train(config, whole, **changes)]).expect(0)
     # Eight batches of 0.4 s on rank 0; the line of a round stands there when the next one has ended.
     with launch.Job(
         [*launch.FEDDIP, *runs.train(config, run, **changes)], 2, extra={"FEDDIP_TEST_SLEEP": "0.4"}
     ) as job:
         job.wait_until(lambda: len(runs.lines(run)) >= 1)
+        time.sleep(1)  # into the round after that: it takes 3 s
         job.send(signal.SIGUSR1)
         job.wait(60).expect(75)
     done, accuracies = len(runs.lines(run)), [line["test_accuracy"] for line in runs.lines(run)]
