@@ -507,7 +507,8 @@ def _save_now(saver: FolderSaver, state: State, history: list[Record]) -> None:
 
 
 def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
-    pruned = history[-1]["test_accuracy"] if history else None
+    # Rank 0's history counts: the others' begins where the run was resumed.
+    pruned = built.comm.broadcast(history[-1]["test_accuracy"] if history else None)
     if pruned is None:  # resumed with as many rounds as are done, the last of which was not evaluated
         pruned = scoring.score_model(built, server.pruned(state.server.weights, state.server.mask)).top1
     memory = scoring.score_model(built, state.server.weights)
