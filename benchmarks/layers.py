@@ -1,10 +1,12 @@
-"""What two changes of the engine gave: the fused first layer, and big blocks of memory that are kept.
+"""What changes of the engine gave: the fused first layer, LeNet-5's gradients, and big blocks of memory that are kept.
 
-    python benchmarks/layers.py [--out docs/results/layers.json]
+    python benchmarks/layers.py [--only "first layer" gradients "big blocks"] [--out docs/results/layers.json]
 
 CPU milliseconds of one thread, which other work on the machine does not count into. The first: forward and backward of
 LeNet-5's first convolution, pooling and ReLU for 128 images, fused and as PyTorch's three operations in both memory
-orders. The second: one batch of AlexNet by plain SGD and by DPF with glibc's own thresholds and with those of
+orders. The second: forward and backward of LeNet-5 with these three operations, and with the fused layer and either way to
+the gradients (`fused.has_wide_vectors`), of which the program takes the one that is faster on the CPU it runs on. The
+third: one batch of AlexNet by plain SGD and by DPF with glibc's own thresholds and with those of
 `runtime.keep_big_blocks`, switched in turn within the process.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feddip_mpi import runtime
+from feddip_mpi.models import fused, lenet
 from feddip_mpi.models.fused import conv_pool_relu
 
 _GLIBC_OWN = 128 * 1024  # its M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at the start of a program
@@ -59,6 +62,26 @@ def first_layer(repeats: int = 200) -> dict:
     return found
 
 
+def gradients(repeats: int = 150) -> dict:
+    """Median milliseconds of a batch of 128 images, channels last, with big blocks kept as in a run."""
+    runtime.keep_big_blocks({})
+    model = lenet.LeNet5(1, (28, 28), 10).to(memory_format=torch.channels_last)
+    images, labels = torch.randn(128, 1, 28, 28).as_strided((128, 1, 28, 28), (784, 1, 28, 1)), torch.arange(128) % 10
+    ways: dict[str, tuple[Callable[[Tensor, nn.Conv2d], Tensor], bool]] = {
+        "three operations": (three_operations, True),
+        "fused, gradients as with AVX-512": (conv_pool_relu, True),
+        "fused, gradients as without it": (conv_pool_relu, False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, (layer, wide) in ways.items():
+            lenet.conv_pool_relu, fused.has_wide_vectors = layer, lambda wide=wide: wide  # type: ignore[assignment]
+            started = time.process_time()
+            torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
+            times[name].append(time.process_time() - started)
+    return {name: 1e3 * statistics.median(own[20:]) for name, own in times.items()}
+
+
 def big_blocks(batches: int = 3, repeats: int = 3) -> dict:
     """Median milliseconds a batch."""
     allow = ctypes.CDLL(None).mallopt
@@ -79,14 +102,16 @@ def big_blocks(batches: int = 3, repeats: int = 3) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/layers.json"))
+    measures = {"first layer": first_layer, "gradients": gradients, "big blocks": big_blocks}
+    parser.add_argument("--only", nargs="+", choices=measures, default=list(measures))
     options = parser.parse_args()
     torch.set_num_threads(1)
     hardware = {key: value for key, value in runtime.hardware().items() if key != "host"}
     result: dict = {"command": "python benchmarks/layers.py", "versions": runtime.versions(), "hardware": hardware}
     result["load_average"] = os.getloadavg()[0]
-    for name, measure in (("first layer, ms", first_layer), ("big blocks, ms a batch", big_blocks)):
-        result[name] = measure()
-        print(name, json.dumps(result[name], indent=1))
+    for name in options.only:
+        result[f"{name}, ms"] = measures[name]()
+        print(name, json.dumps(result[f"{name}, ms"], indent=1))
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
