@@ -35,7 +35,9 @@ from feddip_mpi.errors import FeddipError  # noqa: E402
 
 RANKS, ROUNDS, LIMIT_SECONDS = 4, 6, 120
 PROGRAM = "import sys; sys.modules['matplotlib'] = None; from feddip_mpi.cli import main; main()"
-SETTINGS = {"rounds": ROUNDS, "model__name": "small_models:dropping", "recovery_timeout": 20, "watchdog": 20}
+# Three clients on four ranks: some wait, and evaluate the round before in that time.
+SETTINGS = {"rounds": ROUNDS, "participants": 3, "model__name": "small_models:dropping", "recovery_timeout": 20,
+            "watchdog": 20}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "rewind": {},
     "rewind, sharded, int8 both ways": {"exchange": "sharded", "download__values": "int8"},
