@@ -58,7 +58,8 @@ def main(words: Sequence[str] | None = None) -> None:
     pictures = draw(made, family, folder)
     letters = summaries.hardware_letters(found.runs)
     lines = [line for groups in family.values() for line in summaries.lines(groups)]
-    hdf5.write_text(folder / "runs.jsonl", "".join(to_line(run) + "\n" for run in sorted(found.runs, key=key_of)))
+    stored = [json.dumps({"defaults": config.flat(config.Config())}), *map(to_line, sorted(found.runs, key=key_of))]
+    hdf5.write_text(folder / "runs.jsonl", "".join(line + "\n" for line in stored))
     hdf5.write_text(folder / "summary.csv", tables.to_csv(tables.summary_rows(lines, letters)))
     fill(root / "README.md", f"{compact(family)}\n{source(found)}")
     whole = [
@@ -156,10 +157,10 @@ def to_line(run: Run) -> str:
     })  # fmt: skip
 
 
-def from_line(line: str) -> Run:
-    """The inverse of `to_line`, as far as tables and figures go."""
+def from_line(line: str, defaults: Mapping[str, Any]) -> Run:
+    """The inverse of `to_line`, as far as tables and figures go; `defaults`: what the line does not say."""
     told = json.loads(line)
-    settings = config.validate(nested(told["config"]))
+    settings = config.validate(nested({**defaults, **told["config"]}))
     rows = [dict(zip(RECORD, values, strict=True)) for values in told["evaluations"]]
     return Run(Path(told["run"]), settings, rows, told["summary"], Hardware(**told["hardware"]), told["label"])
 
@@ -179,7 +180,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def add_stored(found: Found, path: Path) -> None:
     """Add the runs of a runs.jsonl that are not among those found."""
     own = {key_of(run) for run in found.runs}
-    stored = map(from_line, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+    head, *rest = path.read_text(encoding="utf-8").splitlines() if path.exists() else ['{"defaults": {}}']
+    stored = [from_line(line, json.loads(head)["defaults"]) for line in rest]
     found.runs += [run for run in stored if key_of(run) not in own]
 
 

@@ -97,10 +97,9 @@ FIELDS: dict[str, Field] = {
     "transfer_seconds": Field("float", "clock", "messages under way, slowest rank; most of it behind training"),
     "decode_seconds": Field("float", "clock", "decoding and summing, slowest rank"),
     "server_seconds": Field("float", "clock", "server step, slowest rank"),
-    "evaluate_seconds": Field(
-        "float",
-        "clock",
-        "evaluation in this round, of its model or that of the round before (eval.overlap), slowest rank",
+    "evaluate_seconds": Field("float", "clock", "evaluation at the end of the round, slowest rank"),
+    "evaluate_waiting_seconds": Field(
+        "float", "clock", "evaluation of the round before (eval.overlap) beside the others' training, largest"
     ),
     "checkpoint_seconds": Field("float", "clock", "what the run waited for its checkpoints after this round"),
     "round_seconds": Field("float", "clock", "the whole round on rank 0, checkpoint included"),

@@ -22,7 +22,7 @@ from feddip_mpi.server import Server, StepReport
 from feddip_mpi.vector import Layout
 
 KINDS_OF_BYTES = ("values", "indices", "other", "frame")
-_PHASES = ("train", "encode", "wait", "exchange", "decode", "server", "evaluate", "transfer")
+_PHASES = ("train", "encode", "wait", "exchange", "decode", "server", "evaluate", "evaluate_waiting", "transfer")
 _TRAFFIC = ("update", "residual", "control")
 # What is added up over the ranks, in the order in which `merged` gathers it behind the seconds.
 _SUMMED = (

@@ -159,27 +159,30 @@ def run(
             record = play(federation, state, plan, life)
         except Abandoned as abandoned:
             log.info("%s", abandoned)
+            if earlier is not None:  # there is no time to evaluate it now; whoever resumes the run does
+                report(earlier)
             if state.server.round:
                 compare_replicas(comm, state.server)
                 saver.save(state, history)
-            if earlier is not None:  # there is no time to evaluate it now; whoever resumes the run does
-                report(earlier)
             return True
-        except FeddipError as error:
-            if earlier is not None and error.shared and not isinstance(error, RankLost):
-                _score_now(federation, state, life)
+        except RankLost:
+            raise
+        except BaseException as error:
+            if earlier is not None:
+                if isinstance(error, FeddipError) and error.shared:  # on all ranks, which can still speak to each other
+                    _score_now(federation, state, life)
                 report(earlier)
             raise
         if earlier is not None:
             report(earlier)
-        saving = time.perf_counter()
-        # A checkpoint cannot hold how long saving it took: its last row gets the time up to here.
-        _clock(record, started, saving)
         history.append(record)
-        life.enter("checkpoint", plan.round)
         stop = comm.any(stop_requested()) and not _is_last(federation, state)
         if stop:
             _score_now(federation, state, life)
+        life.enter("checkpoint", plan.round)
+        saving = time.perf_counter()
+        # A checkpoint cannot hold how long saving it took: its last row gets the time up to here.
+        _clock(record, started, saving)
         if plan.checkpoint or stop:
             compare_replicas(comm, state.server)
             saver.save(state, history)
@@ -286,7 +289,8 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     try:
         _train_and_send(federation, state.server, received, plan, task, exchange, work, meter, give_up)
         if earlier is not None:
-            with meter.phase("evaluate"):
+            exchange.close()  # others' messages are not to wait for this rank's evaluation
+            with meter.phase("evaluate_waiting"):
                 part = scoring.score_part(federation, received, placed, state.speeds, give_up)
         planned = upload_rule(federation.config, plan, state.server.support)
         rules = federation.method.extras(federation.config, plan, planned)

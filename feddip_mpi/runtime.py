@@ -245,10 +245,6 @@ def prepare_torch(config: Config, local: int) -> torch.device:
             raise InputError(
                 "precision: got tf32, which only GPUs have, and there is none in use here; allowed on a CPU: fp32, bf16"
             )
-        if config.precision == "bf16" and local == 0 and lacks_bf16():
-            log.warning(
-                "precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster"
-            )
         return torch.device("cpu")
     device = torch.device("cuda", local % visible)
     torch.cuda.set_device(device)

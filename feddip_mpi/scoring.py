@@ -1,7 +1,8 @@
 """When a round's model is evaluated, and which rank evaluates what. Neither changes a bit of the scores.
 
 A model is evaluated at the end of its round, by all ranks alike, or in the round after it, by those that would wait for
-the others there (`eval.overlap`). Its record is complete then, and every round that is saved is evaluated before.
+the others there (`eval.overlap`). Its record is complete then. Rounds after which a checkpoint is due are evaluated at
+their end; where a checkpoint has to be written at once (a round abandoned, a rank dead), its last record lacks the scores.
 """
 
 from __future__ import annotations

@@ -322,6 +322,8 @@ def check_same(built: Federation, loaded: Loaded) -> None:
 def _play(built: Federation, run: Run, state: State | None, history: list[Record]) -> None:
     """Play what is left of a run, on the ranks that are left; without a state, from its opening on."""
     run.faults = runtime.faults(built.comm.rank)
+    if built.config.precision == "bf16" and built.device.type == "cpu" and run.owner and runtime.lacks_bf16():
+        log.warning("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
     while True:
         try:
             if state is None:
@@ -338,11 +340,15 @@ def _play(built: Federation, run: Run, state: State | None, history: list[Record
 
 def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -> None:
     comm, folder, stop = built.comm, run.folder, run.stop
-    told = [record for record in history if record is not state.unscored]
+    stopping = comm.any(stop.requested)
+    # What the next round will score is told then, unless there will be none.
+    told = [record for record in history if stopping or record is not state.unscored]
     saver = run.saver = FolderSaver(built, folder, run.created)
     sinks: list[metrics.Sink] = []  # of rank 0
     on_root(comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, told, built.config.tensorboard)))
-    if comm.any(stop.requested):
+    if stopping:
+        for sink in sinks:
+            sink.close()
         comm.check(_stopped_before(state.server.round, run))
     progress = terminal.progress(built, folder.path) if comm.rank == 0 else None
     full = set(built.layout.prunable_names)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _PHASES = 4
-# The float32 next to 0.
-_BELOW_ZERO = -1e-45
+# The normal float32 next to 0: what is smaller counts as 0 where a program has denormal numbers flushed.
+_BELOW_ZERO = -1.1754943508222875e-38
 
 
 def conv_pool_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -40,7 +40,7 @@ def conv_pool_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
     if not _is_plain(conv) or isinstance(conv.padding, str) or conv.bias is None:
         return False
-    if conv._forward_hooks or conv._forward_pre_hooks:  # whoever watches the layer is to see it called
+    if _is_watched(conv):
         return False
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or x.requires_grad or conv.in_channels > 3:
         return False
@@ -86,7 +86,7 @@ class _ConvPoolReLU(torch.autograd.Function):
         outputs, inputs, height, width = ctx.weight_shape
         values = found.unflatten(1, (_PHASES, outputs)).unbind(1)
         opened = torch.ops.aten.threshold_backward(gradient.contiguous(), pooled, 0)
-        if has_wide_vectors():
+        if has_wide_vectors() or not len(x):
             spread = torch.empty_like(found)
             _scatter(opened, values, pooled, spread.unflatten(1, (_PHASES, outputs)).unbind(1))
             _, for_kernel, _ = torch.ops.aten.convolution_backward(
@@ -129,7 +129,7 @@ def conv_of_few_channels(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     Without AVX-512 PyTorch's channels-last gradient of an input of few channels took twice the time.
     """
-    plain = conv.padding == (0, 0) and conv.bias is not None and not (conv._forward_hooks or conv._forward_pre_hooks)
+    plain = conv.padding == (0, 0) and conv.bias is not None and not _is_watched(conv)
     fits = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and x.requires_grad
     left_alone = has_wide_vectors() or torch.is_autocast_enabled("cpu") or not (plain and fits and _is_plain(conv))
     out: Tensor = conv(x) if left_alone else _ConvOfFewChannels.apply(x, conv.weight, conv.bias)
@@ -154,6 +154,12 @@ class _ConvOfFewChannels(torch.autograd.Function):
         for_x, _, _ = backward(gradient.contiguous(), shape, weight.contiguous(), None, *rest, [True, False, False])
         _, for_weight, for_bias = backward(gradient, x, weight, [len(weight)], *rest, [False, True, True])
         return for_x, for_weight, for_bias
+
+
+def _is_watched(conv: nn.Conv2d) -> bool:
+    """Whether somebody is to see the layer called, or has given it a forward pass of his own."""
+    hooks = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    return bool(hooks) or type(conv) is not nn.Conv2d
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:

@@ -69,11 +69,15 @@ def pace_of(records: Sequence[Row], source: str, start_seconds: float = 0.0) -> 
     others = [max(0.0, row["round_seconds"] - row["train_seconds"] - row["evaluate_seconds"]) for row in records]
     return Pace(
         statistics.median(row["train_seconds"] / max(1, row["samples"]) for row in records),
-        sum(row["evaluate_seconds"] for row in records) / evaluations if evaluations else 0.0,
+        sum(_evaluation(row) for row in records) / evaluations if evaluations else 0.0,
         statistics.median(others),
         start_seconds,
         source,
     )
+
+
+def _evaluation(row: Row) -> float:
+    return float(row["evaluate_seconds"] + (row.get("evaluate_waiting_seconds") or 0.0))
 
 
 def known_paces(cells: Sequence[Cell], found: Sequence[State], out: Path) -> dict[Kind, Pace]:

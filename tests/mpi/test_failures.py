@@ -91,6 +91,16 @@ def test_the_last_whole_round_has_its_scores_when_an_error_ends_the_run(config: 
     assert [line["round"] for line in told] == [1, 2] and all(line["test_accuracy"] is not None for line in told)
 
 
+def test_the_last_whole_round_has_its_line_when_a_rank_ends_all(config: Path, tmp_path: Path) -> None:
+    """Nobody can score it: the other ranks may be anywhere."""
+    fail(config, tmp_path / "run", f"raise:0:{2 * 8 + 1}", participants=3, checkpoint__every=99)
+    told = runs.lines(tmp_path / "run")
+    assert [line["round"] for line in told] == [1, 2] and [line["test_accuracy"] is None for line in told] == [
+        False,
+        True,
+    ]
+
+
 def saved_rounds(run: Path) -> list[int]:
     """Rounds of all checkpoints, each verified."""
     from feddip_mpi import checkpoint

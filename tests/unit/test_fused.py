@@ -95,9 +95,37 @@ def test_which_convolutions_of_few_channels_are_left_to_torch() -> None:
     assert conv_of_few_channels(double, nn.Conv2d(2, 4, 3).double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert conv_of_few_channels(x.clone().requires_grad_(), conv).dtype == torch.bfloat16
+    conv.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    conv_of_few_channels(x.clone().requires_grad_(), conv).sum().backward()
     conv.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     conv_of_few_channels(x.clone().requires_grad_(), conv)
-    assert seen == [(2, 4, 4, 4)]
+    assert seen == [(2, 4, 4, 4)] * 2
+
+    class Twice(nn.Conv2d):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(images)
+
+    own = Twice(2, 4, 3)
+    assert torch.equal(conv_of_few_channels(x.clone().requires_grad_(), own), own(x))
+    assert not fused._fits(torch.randn(2, 1, 12, 12), Twice(1, 6, 5))
+
+
+def test_no_images_have_a_gradient_of_zero() -> None:
+    ours, theirs = both(torch.zeros(0, 1, 28, 28), nn.Conv2d(1, 6, 5, padding=2))
+    for value, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_gradients_where_denormal_numbers_are_flushed() -> None:
+    conv, x = nn.Conv2d(1, 6, 5, padding=2), torch.randn(9, 1, 28, 28)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush")
+    try:
+        ours, theirs = both(x, conv)
+    finally:
+        torch.set_flush_denormal(False)
+    for value, expected in zip(ours, theirs, strict=True):
+        assert torch.allclose(value, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(
