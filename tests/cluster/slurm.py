@@ -28,7 +28,7 @@ _PROGRAMS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-clie
 _SBIN = ("/usr/sbin", "/usr/local/sbin")
 # The daemons, their step daemons and the jobs inherit it: by it are found those that are left.
 _MARK = "FEDDIP_TEST_SLURM"
-_ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+_ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING")
 _COMMAND_SECONDS = 30
 _START_SECONDS = 30
 _STOP_SECONDS = 20

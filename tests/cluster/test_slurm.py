@@ -236,13 +236,27 @@ def test_no_progress(started: Started) -> None:
     assert f"feddip-mpi resume {started.run}" in job.text
 
 
+def under_pmi2(started: Started, mpich: dict[str, str]) -> Job:
+    """A job of MPICH that trains. MPICH 5.0.2 has sent Slurm a value without its end (1 of 15 jobs or so): all ranks hang."""
+    for attempt in range(3):
+        job = started.submit("slurm-cpu.sh", *TWO_NODES, slow=True, LAUNCHER="srun", PMI="pmi2", **mpich)
+        try:
+            started.saves_after(job, 0)
+            break
+        except AssertionError as error:
+            if attempt == 2 or "mpi/pmi2: value not properly terminated" not in str(error):
+                raise
+            started.slurm.run("scancel", job.id)
+            job.wait()
+    return job
+
+
 def test_saved_and_kept_out_of_the_queue(started: Started, never_stopped: Path) -> None:
     """USR2 is for people. MPICH: srun speaks PMI-2 with it, mpiexec finds the allocation by itself."""
     launch.require("mpich")
     prefix = Path(os.environ["FEDDIP_MPICH"])
     mpich = {"MPI4PY_LIBMPI": str(prefix / "lib" / "libmpi.so.12"), "MPIRUN": str(prefix / "bin" / "mpiexec.hydra")}
-    job = started.submit("slurm-cpu.sh", *TWO_NODES, slow=True, LAUNCHER="srun", PMI="pmi2", **mpich)
-    started.saves_after(job, 0)
+    job = under_pmi2(started, mpich)
     started.slurm.run("scancel", "--batch", "--signal=USR2", job.id)
     job.wait().expect("FAILED", 75)
     assert "stopped by USR2 and saved" in job.text and job.shows("Restarts") == "0"
