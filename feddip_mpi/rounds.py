@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -154,27 +154,15 @@ def run(
         own = plan_round(config, state.server.round, saver.overdue(), control.decide(config, history))
         own = replace(own, exchange=choice.mode(own, state.server.support))
         plan = RoundPlan.from_json(comm.broadcast(own.to_json()))
-        earlier = state.unscored
         try:
-            record = play(federation, state, plan, life)
+            with _line_of_the_round_before(federation, state, report, life):
+                record = play(federation, state, plan, life)
         except Abandoned as abandoned:
             log.info("%s", abandoned)
-            if earlier is not None:  # there is no time to evaluate it now; whoever resumes the run does
-                report(earlier)
             if state.server.round:
                 compare_replicas(comm, state.server)
                 saver.save(state, history)
             return True
-        except RankLost:
-            raise
-        except BaseException as error:
-            if earlier is not None:
-                if isinstance(error, FeddipError) and error.shared:  # on all ranks, which can still speak to each other
-                    _score_now(federation, state, life)
-                report(earlier)
-            raise
-        if earlier is not None:
-            report(earlier)
         history.append(record)
         stop = comm.any(stop_requested()) and not _is_last(federation, state)
         if stop:
@@ -194,6 +182,27 @@ def run(
     if state.unscored is not None:  # saved without, and resumed with as many rounds as were done
         report(_score_now(federation, state, life))
     return False
+
+
+@contextmanager
+def _line_of_the_round_before(
+    federation: Federation, state: State, report: Callable[[metrics.Record], None], life: Life
+) -> Iterator[None]:
+    """A round that scores the one before; however it ends, that one is reported, unless the survivors of a rank go on."""
+    earlier = state.unscored
+    try:
+        yield
+    except RankLost:
+        raise
+    except BaseException as error:
+        if earlier is not None:
+            # Ranks that end together can score it; of an abandoned round there is no time, and whoever resumes does it.
+            if isinstance(error, FeddipError) and error.shared and not isinstance(error, Abandoned):
+                _score_now(federation, state, life)
+            report(earlier)
+        raise
+    if earlier is not None:
+        report(earlier)
 
 
 def _score_now(federation: Federation, state: State, life: Life) -> metrics.Record:
