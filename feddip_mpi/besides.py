@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from feddip_mpi import codec, placement, streams
-from feddip_mpi.codec import Bytes, Message, Upload
+from feddip_mpi.codec import Message, Upload
 from feddip_mpi.errors import FeddipError, NumericalError, RankLost
 from feddip_mpi.exchange import Exchange, Phase, Task, untimed
 from feddip_mpi.federation import Federation
@@ -25,9 +25,9 @@ from feddip_mpi.support import Support
 
 @dataclass(frozen=True)
 class Opened:
-    """What the method's opening took: the uploads of all its clients, update bytes that this rank sent and received."""
+    """What the method's opening took: the bytes of all its clients' uploads, update bytes that this rank sent and received."""
 
-    uploaded: Bytes
+    uploaded: int
     sent: int
     received: int
 
@@ -40,7 +40,7 @@ def shares(samples: Sequence[int], clients: Sequence[int]) -> dict[int, float]:
 
 def encoded(
     vectors: Mapping[int, Sequence[Tensor]], rules: Sequence[Upload], support: Support, round: int, seed: int
-) -> tuple[list[list[Message]], dict[int, Bytes]]:
+) -> tuple[list[list[Message]], dict[int, int]]:
     """This rank's extra vectors as messages.
 
     Args:
@@ -62,7 +62,7 @@ def encoded(
         ]
         for all_of_it, part in zip(messages, coded, strict=True):
             all_of_it += part
-        counted[client] = sum((message.framed()[1] for part in coded for message in part), Bytes())
+        counted[client] = sum(message.framed()[1].total for part in coded for message in part)
     return messages, counted
 
 
@@ -107,7 +107,7 @@ def opening(federation: Federation, holders: Sequence[int], life: Life) -> tuple
     weights = shares(federation.samples, asked.clients)
     sums = [torch.zeros(size, device=federation.device) for size in asked.sizes]
     support = Support.of(torch.ones(federation.layout.prunable, dtype=torch.bool, device=federation.device))
-    uploaded = Bytes()
+    uploaded = 0
     # As many at a time as take part in a round: no rank ever has more messages in its memory.
     for first in range(0, len(asked.clients), config.participants):
         clients = asked.clients[first : first + config.participants]
@@ -132,8 +132,8 @@ def opening(federation: Federation, holders: Sequence[int], life: Life) -> tuple
             exchange.finish().aggregate.add_to(total)
     sent, received = comm.sent["update"] - before[0], comm.received["update"] - before[1]
     # Everybody knows of all uploads: a rank may die before the first round tells of them.
-    own = np.array([uploaded.values, uploaded.indices, uploaded.other, uploaded.frame], np.float64)
-    return sums, Opened(Bytes(*map(int, comm.gather(own).sum(axis=0))), sent, received)
+    everybodys = int(comm.gather(np.array([uploaded], np.float64)).sum())
+    return sums, Opened(everybodys, sent, received)
 
 
 def _measure(
@@ -143,9 +143,9 @@ def _measure(
     exchanges: Sequence[Exchange],
     client: int,
     give_up: Callable[[], bool],
-) -> Bytes:
+) -> int:
     """One client's part of the opening; returns the bytes of its frames."""
-    samples, counted = federation.partition.train[client], Bytes()
+    samples, counted = federation.partition.train[client], 0
     vectors = asked.measure(federation.trainer, federation.initial, samples, client, give_up)
     for vector, exchange in zip(vectors, exchanges, strict=True):
         if not bool(torch.isfinite(vector).all()):
@@ -155,5 +155,5 @@ def _measure(
             )
         generator = streams.stream(federation.config.seed, "rounding", 0, client)
         for message in codec.encode(vector, support, Upload(), 0, client, generator):
-            counted += exchange.post(message)
+            counted += exchange.post(message).total
     return counted

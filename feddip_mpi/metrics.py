@@ -59,13 +59,13 @@ FIELDS: dict[str, Field] = {
     "pruning_error": Field("float", "config", "||v - m*v||^2 / ||v||^2 over the prunable weights"),
     "residual_norm": Field("float", "config", "root of the participants' summed squared residuals (ef21: references)"),
     "samples": Field("int", "config", "images trained on, epochs counted"),
-    "upload_bytes": Field("int", "config", "payloads of all participants"),
-    "upload_values_bytes": Field("int", "config", "of these: values of prunable weights"),
-    "upload_indices_bytes": Field("int", "config", "of these: indices of off-mask weights"),
-    "upload_other_bytes": Field("int", "config", "of these: tensors that are not prunable"),
-    "upload_frame_bytes": Field("int", "config", "of these: frames"),
+    "upload_bytes": Field("int", "config", "payloads of all participants: what the next five add up to"),
+    "upload_values_bytes": Field("int", "config", "updates: values of prunable weights"),
+    "upload_indices_bytes": Field("int", "config", "updates: indices of off-mask weights"),
+    "upload_other_bytes": Field("int", "config", "updates: tensors that are not prunable"),
+    "upload_frame_bytes": Field("int", "config", "updates: frames"),
     "upload_extra_bytes": Field(
-        "int", "config", "of upload_bytes: what the method sends besides updates (saliency, squared gradients, votes)"
+        "int", "config", "what the method sends besides updates (saliency, squared gradients, votes), with its frames"
     ),
     "dense_bytes": Field("int", "config", "the same uploads as dense float32"),
     "ranks": Field("int", "ranks", "MPI ranks"),

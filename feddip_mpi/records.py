@@ -36,8 +36,8 @@ class Work:
     """What this rank's participants left in a round.
 
     Attributes:
-        numbers: float64 [K, 8], mean loss, images trained on, squared residual norm, the bytes of the upload by kind,
-            and those that are no update; zero for others' participants.
+        numbers: float64 [K, 8], mean loss, images trained on, squared residual norm, the bytes of the update by kind,
+            and those of what is no update; zero for others' participants.
         held: the residuals that this rank will hold after the round, by client.
         extras: what the clients' hooks left to send besides, float32 [P] each, by client.
     """
@@ -115,8 +115,7 @@ def merged(
     handed_on = [getattr(told.download, kind) for kind in KINDS_OF_BYTES]
     if opened is not None:
         if comm.rank == 0:
-            counted = [getattr(opened.uploaded, kind) for kind in KINDS_OF_BYTES]
-            work.numbers[0, 3:] += [*counted, opened.uploaded.total]
+            work.numbers[0, -1] += opened.uploaded
         meter.add(opened.sent, opened.received)
     own = np.array([*meter.seconds.values(), *meter.traffic(), *peak_memory(federation.device), *handed_on], np.float64)
     measured = comm.gather(own)
@@ -132,7 +131,7 @@ def merged(
         "train_loss": float((loss * samples).sum() / samples.sum()),
         "residual_norm": float(np.sqrt(squared.sum())),
         "samples": int(samples.sum()),
-        "upload_bytes": sum(upload.values()),
+        "upload_bytes": sum(upload.values()) + int(extra.sum()),
         **{f"upload_{kind}_bytes": count for kind, count in upload.items()},
         "upload_extra_bytes": int(extra.sum()),
         "dense_bytes": 4 * layout.size * len(plan.participants),

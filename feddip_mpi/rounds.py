@@ -445,8 +445,7 @@ def _encode_extras(
             )
     messages, counted = besides.encoded(work.extras, rules, support, plan.round, federation.config.seed)
     for client, taken in counted.items():
-        slot = plan.participants.index(client)
-        work.numbers[slot, 3:] += [*(getattr(taken, kind) for kind in records.KINDS_OF_BYTES), taken.total]
+        work.numbers[plan.participants.index(client), -1] += taken
     return messages
 
 

@@ -21,7 +21,19 @@ from feddip_mpi.report.summaries import Group
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_KIND_COLOURS = (BLUE, "#E69F00", GREEN, GREY, "#56B4E9", "#F0E442", "#8FD3BC", "#BBBBBB", "#CC79A7", VERMILION)
+_KIND_COLOURS = (
+    BLUE,
+    "#E69F00",
+    GREEN,
+    GREY,
+    "#56B4E9",
+    "#F0E442",
+    "#8FD3BC",
+    "#BBBBBB",
+    "#CC79A7",
+    VERMILION,
+    "#6A3D9A",
+)
 _LEGEND_LAYERS = 10  # beyond, a legend would hide the lines
 Draw = Callable[[Sequence[Group], Look], Picture | None]
 
@@ -248,15 +260,9 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     told = "; ".join(
         f"{group.title}: "
         + ", ".join(f"{label} {terminal.size(kinds[n])}" for n, label in zip(names, labels, strict=True))
-        + _besides(group)
         for group, kinds in zip(groups, found, strict=True)
     )
     return Picture("bytes-by-kind", "Bytes by kind and phase", f"{told}.", figure, tuple(groups))
-
-
-def _besides(group: Group) -> str:
-    extra = summaries.totals(group, ["upload_extra_bytes"])["upload_extra_bytes"]
-    return f" (of the uploads {terminal.size(extra)} besides updates)" if extra else ""
 
 
 def time_by_phase(groups: Sequence[Group], look: Look) -> Picture | None:
@@ -354,6 +360,6 @@ def partition(groups: Sequence[Group], look: Look) -> Picture | None:
 
 def _stack(panel: Axes, places: np.ndarray, rows: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
     left = np.zeros(len(places))
-    for row, label, colour in zip(rows, labels, _KIND_COLOURS, strict=False):
+    for row, label, colour in zip(rows, labels, _KIND_COLOURS[: len(rows)], strict=True):
         panel.barh(places, row, left=left, height=0.7, color=colour, label=label)
         left = left + np.array(row)

@@ -18,9 +18,9 @@ from feddip_mpi import config
 from feddip_mpi.report.runs import Hardware, Run, identity
 from feddip_mpi.settings import Config
 
-# Disjoint. upload_extra_bytes (what a method sends besides updates) is part of the uploads of all four kinds.
+# Disjoint.
 BYTE_KINDS = (
-    "upload_values_bytes", "upload_indices_bytes", "upload_other_bytes", "upload_frame_bytes",
+    "upload_values_bytes", "upload_indices_bytes", "upload_other_bytes", "upload_frame_bytes", "upload_extra_bytes",
     "download_values_bytes", "download_indices_bytes", "download_other_bytes", "download_frame_bytes", "residual_bytes",
     "control_bytes",
 )  # fmt: skip

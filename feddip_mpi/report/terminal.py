@@ -248,9 +248,9 @@ def _remembered(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _besides(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the method sends besides updates, which is part of the bytes above."""
+    """What the method sends besides updates, the rest of the bytes above."""
     extra = summary.get("upload_extra_bytes", 0)
-    return [("  of these besides updates (docs/methods.md)", size(extra))] if extra else []
+    return [("  and besides updates (docs/methods.md)", size(extra))] if extra else []
 
 
 def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tuple[str, str]]:

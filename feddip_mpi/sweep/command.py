@@ -76,9 +76,8 @@ def _words(launcher: str, here: bool) -> list[str]:
 
 
 def _run(left: Sequence[Cell], out: Path, commands: runner.Commands, jobs: int) -> None:
-    stop = runner.Stop()
-    stop.install()
-    outcomes = runner.run(left, out, commands, jobs, terminal.say, stop)
+    with runner.Stop().heard() as stop:
+        outcomes = runner.run(left, out, commands, jobs, terminal.say, stop)
     unfinished = [outcome for outcome in outcomes if outcome.kind != "finished"]
     if not unfinished:
         terminal.say(f"all cells are finished: feddip-mpi report {out} --out {out}-report")
@@ -200,11 +199,12 @@ def _try(cell: Cell, commands: runner.Commands) -> Pace | None:
         tried = Cell("trial", config.override(cell.config, small))
         started = time.monotonic()
         own = runner.Commands(Path(place), commands.launcher)
-        process = own.start(tried)
-        try:
-            process.wait()
-        finally:  # Ctrl-C reaches this process alone
-            runner.end(process)
+        with runner.Stop().heard() as stop:
+            process = own.start(tried)
+            runner.wait(process, stop)
+            runner.end(process)  # its session is its own: no signal to this one reaches it
+        if stop.requested:
+            raise Stopped("by a signal during the trial; no cell was begun, the same command begins again")
         whole = time.monotonic() - started
         records = states.records(RunFolder(Path(place) / "trial"))
         if records:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -49,9 +49,16 @@ class Stop:
 
     requested: bool = False
 
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda *_: setattr(self, "requested", True))
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[Stop]:
+        """Within it signals that ask for an end set this, and do nothing else."""
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        before = [signal.signal(number, lambda *_: setattr(self, "requested", True)) for number in signals]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
 
 
 @dataclass
@@ -104,6 +111,12 @@ class Commands:
             return RunFolder(self._out / cell.name).metrics.stat().st_mtime >= since
         except OSError:
             return False
+
+
+def wait(process: Process, stop: Stop) -> None:
+    """Until the process has ended, or a signal asks for an end."""
+    while process.poll() is None and not stop.requested:
+        time.sleep(_TRIES_SECONDS)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

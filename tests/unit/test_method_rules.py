@@ -400,10 +400,10 @@ def test_fedrts_sends_indices_and_no_gradients() -> None:
         assert record["upload_bytes"] - record["upload_extra_bytes"] == plain
         if record is not records[3]:
             named = round(plan_round(built.config, record["round"] - 1).regrow * kept)
-            assert (named > 0) == update and (record["upload_indices_bytes"] > 0) == update
+            assert (named > 0) == update and record["upload_indices_bytes"] == 0  # an update's own
             least = (56 + math.ceil(kept / 8)) + update * (56 + math.ceil(named / 8))
-            extra = (record["upload_extra_bytes"] - record["upload_indices_bytes"]) / 3
-            assert extra == least and record["upload_indices_bytes"] / 3 < 1.5 * named * update + 1
+            indices = record["upload_extra_bytes"] / 3 - least
+            assert (indices > 0) == update and 0 <= indices < 1.5 * named * update + 1
     quiet = play(built := fp32("fedrts", fedrts={"observe": "mask_updates"}), rounds.initial_state(built))
     assert [r["upload_extra_bytes"] > 0 for r in quiet] == [False, True, True, False]
 
@@ -515,7 +515,7 @@ def test_prunefl_prunes_first_at_one_client() -> None:
     state, layout = rounds.initial_state(built), built.layout
     assert int(state.server.mask.sum()) == masks.kept_count(layout.prunable, 0.4)
     assert not torch.equal(state.server.weights[layout.prunable :], built.initial[layout.prunable :])  # it has trained
-    assert state.opened.uploaded.total == 2 * 56 + 4 * layout.size + 4 * layout.prunable
+    assert state.opened.uploaded == 2 * 56 + 4 * layout.size + 4 * layout.prunable
 
 
 def test_prunefl_adaptive_size_is_its_own() -> None:

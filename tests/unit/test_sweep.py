@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -452,24 +453,24 @@ def test_a_cell_that_cannot_be_started_does_not_stop_the_rest(tmp_path: Path) ->
     assert [o.error for o in outcomes if o.error] == ["cannot be started ([Errno 28] No space left on device)"]
 
 
-def test_a_trial_that_is_interrupted_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its command is in a session of its own, which Ctrl-C does not reach."""
-    begun_processes = []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_trial_that_is_interrupted_leaves_nothing(tmp_path: Path, number: int) -> None:
+    """Its command is in a session of its own, which no signal to the sweep reaches."""
+    begun = []
 
-    def start(self: runner.Commands, cell: Cell) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(["sleep", "60"], start_new_session=True)
-        begun_processes.append(process)
-        monkeypatch.setattr(process, "wait", interrupted)
-        return process
+    class Slow(runner.Commands):
+        def start(self, cell: Cell) -> subprocess.Popen[bytes]:
+            begun.append((self._out, subprocess.Popen(["sleep", "60"], start_new_session=True)))
+            os.kill(os.getpid(), number)
+            return begun[0][1]
 
-    def interrupted() -> int:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner.Commands, "start", start)
-    with pytest.raises(KeyboardInterrupt):
-        command._try(cells("grid: {seed: [1]}")[0], runner.Commands(tmp_path))
-    assert begun_processes[0].poll() == -signal.SIGKILL
+    handler = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="during the trial; no cell was begun"):
+        patch.setattr(runner, "Commands", Slow)
+        command._try(cells("grid: {seed: [1]}")[0], Slow(tmp_path))
+    folder, process = begun[0]
+    assert process.poll() == -signal.SIGKILL and not folder.exists()
+    assert signal.getsignal(number) == handler
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"seed-1": 3}', "[" * 100_000])
