@@ -1,6 +1,6 @@
 """Accuracy of the truly pruned model at the published Fashion-MNIST setting, and the ablation of the variants.
 
-    python benchmarks/accuracy.py --out runs/accuracy [--grid main|ablation|exchange|values|tried] [--jobs 2] [--report]
+    python benchmarks/accuracy.py --out runs/accuracy [--grid main|ablation|exchange|values|tried|penalty] [--jobs 2] [--report]
 
 Every cell is an ordinary run folder made by `feddip-mpi train` on one rank and one thread; finished cells are
 skipped, so the script can be stopped and started again. At the end it writes accuracy-GRID.json into --results and
@@ -91,12 +91,27 @@ TRIED = {
     "rate 0.3, gradual at 0.98": ["sparsity.final=0.98", "method=gradual", "upload.values=fp32", "learning_rate=0.3"],
     **{f"rate {rate}, fedavg": [*_DENSE, f"learning_rate={rate}"] for rate in ("0.2", "0.3", "0.5")},
 }
+# When the penalty counts: one cut at the very end, which nothing mends afterwards, and the default's many cuts.
+_PENALTIES = {
+    **{f"l2 {size}": [f"penalty.maximum={size}"] for size in ("0.01", "0.03", "0.1")},
+    **{f"l1 {size}": ["penalty.norm=l1", f"penalty.maximum={size}"] for size in ("0.0003", "0.001", "0.003")},
+}
+_ONE_CUT = [*_AT_095, "sparsity.schedule=one_shot", "mask.freeze_after=1.0"]
+PENALTY = {
+    "one cut, no penalty": [*_ONE_CUT, "penalty.schedule=off"],
+    "one cut, l2 0.001": _ONE_CUT,
+    **{f"one cut, {name}": [*_ONE_CUT, *changes] for name, changes in _PENALTIES.items()},
+    "one cut, l1 0.001 in all rounds": [*_ONE_CUT, *_PENALTIES["l1 0.001"], "penalty.schedule=constant"],
+    # The default and no penalty at 0.98 are in MAIN and TRIED.
+    **{f"{name} at 0.98": [*_AT_098, *changes] for name, changes in _PENALTIES.items()},
+}
 GRIDS = {
     "main": (MAIN, SEEDS),
     "tried": (TRIED, SEEDS),
     "ablation": (ABLATION, (1, 2)),
     "exchange": (EXCHANGE, (1,)),
     "values": (VALUES, SEEDS),
+    "penalty": (PENALTY, (1,)),
 }
 
 
@@ -128,6 +143,20 @@ def last_mask_churn(folder: Path) -> float | None:
     return updates[-1]["mask_grown"] / kept
 
 
+def last_cut(folder: Path) -> dict[str, float | None]:
+    """What the last mask update cost: its pruning error, the accuracies of the evaluations before and after it."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [r["round"] for r in records if r["mask_updated"]]
+    if not updates:
+        return {}
+    scored = [(r["round"], r["test_accuracy"]) for r in records if r["test_accuracy"] is not None]
+    return {
+        "pruning_error": next(r["pruning_error"] for r in records if r["round"] == updates[-1]),
+        "accuracy_before": next((a for t, a in reversed(scored) if t < updates[-1]), None),
+        "accuracy_after": next((a for t, a in scored if t >= updates[-1]), None),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
@@ -157,7 +186,11 @@ def main() -> None:
         row = table.setdefault(name, {"overrides": grid[name], "seeds": {}})
         if summary is not None:
             summary["hardware"].pop("host", None)
-            row["seeds"][seed] = {**summary, "last_mask_churn": last_mask_churn(folder_of(name, seed))}
+            row["seeds"][seed] = {
+                **summary,
+                "last_mask_churn": last_mask_churn(folder_of(name, seed)),
+                "last_cut": last_cut(folder_of(name, seed)),
+            }
     write(table, options, time.time() - started)
 
 
