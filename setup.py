@@ -48,7 +48,7 @@ setup(
         "PyYAML>=6",
         "rich>=13",
         "safetensors>=0.4",
-        "torch>=2.2",
+        "torch>=2.4",
     ],
     extras_require={
         # An MPI library as a wheel. Take one of them, and none where a system MPI is to be used.
@@ -66,6 +66,7 @@ setup(
             "mypy>=1.10",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "ruff>=0.5",
             "types-psutil",
             "types-PyYAML",

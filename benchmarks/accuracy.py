@@ -19,6 +19,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from feddip_mpi import config
+from feddip_mpi.sweep import states
+
 # Evaluated every second round, so "the last 5" are rounds 92, 94, .. 100.
 SETTING = ["clients=50", "participants=5", "local_epochs=5", "batch_size=128", "eval.every=2", "checkpoint.every=50"]
 SEEDS = (1, 2, 3)
@@ -117,19 +120,23 @@ GRIDS = {
 
 def run_cell(folder: Path, overrides: list[str], seed: int, rounds: int, train: bool = True) -> dict | None:
     """Train (or resume) one cell, or just look; its summary, or None if it is not finished."""
-    finished = folder / "finished.json"
+    empty = Path(__file__).with_name("empty.yaml")
+    settings = [*SETTING, f"rounds={rounds}", f"seed={seed}", *overrides]
+    finished, begun = folder / "finished.json", folder / "config.yaml"
+    if begun.exists() and (differing := states.differences(config.load(begun), config.load(empty, settings))):
+        raise SystemExit(f"{folder} was made with other settings ({'; '.join(differing)}): name another --out")
     if train and not finished.exists():
-        if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("round-*.h5")):
-            command = ["resume", str(folder)]
-        else:
-            settings = [*SETTING, f"rounds={rounds}", f"seed={seed}", *overrides]
+        command = ["resume", str(folder)]
+        if not begun.exists():
             flags = [part for setting in settings for part in ("--set", setting)]
-            command = ["train", str(Path(__file__).with_name("empty.yaml")), "--out", str(folder), *flags]
+            command = ["train", str(empty), "--out", str(folder), *flags]
         log = folder.with_name(f"{folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FEDDIP_PROGRESS": "plain"}
         with open(log, "a") as out:
             subprocess.run([sys.executable, "-m", "feddip_mpi", *command], stdout=out, stderr=out, env=environment)
+        if not finished.exists():
+            print(f"not finished: {folder.name}, see {log}", file=sys.stderr)
     return json.loads(finished.read_text()) if finished.exists() else None
 
 
@@ -194,8 +201,24 @@ def main() -> None:
     write(table, options, time.time() - started)
 
 
+def merged(options: argparse.Namespace, table: dict[str, dict]) -> dict[str, dict]:
+    """What the result file has already, with the cells of this call in place of the same there."""
+    path = options.results / f"accuracy-{options.grid}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if (known.get("rounds"), known.get("setting")) != (options.rounds, SETTING):
+        return table
+    whole = {name: {**row, "seeds": {int(seed): run for seed, run in row["seeds"].items()}}
+             for name, row in known["cells"].items()}  # fmt: skip
+    for name, row in table.items():
+        kept = whole.get(name, {"overrides": None})
+        seeds = kept["seeds"] if kept["overrides"] == row["overrides"] else {}
+        whole[name] = {**row, "seeds": dict(sorted({**seeds, **row["seeds"]}.items()))}
+    return whole
+
+
 def write(table: dict[str, dict], options: argparse.Namespace, seconds: float) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
+    table = merged(options, table)
     result = {"command": " ".join(["python", *sys.argv]), "rounds": options.rounds, "setting": SETTING, "cells": table}
     path = options.results / f"accuracy-{options.grid}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

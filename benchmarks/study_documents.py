@@ -41,6 +41,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs lie")
     parser.add_argument("--short", action="store_true", help="write cifar-short.csv and nothing else")
     arguments = parser.parse_args(words)
+    if arguments.short and not arguments.runs:
+        parser.error("--short: name the folders of the short runs")
     found = runs.find(arguments.runs) if arguments.runs else Found()
     if arguments.short:
         hdf5.write_text(arguments.root / "docs" / "results" / "study" / "cifar-short.csv", evaluations(found.runs))
@@ -121,7 +123,7 @@ def source(found: Found) -> str:
     """Seeds, hardware, versions and how much of the grid there is, in one paragraph."""
     seeds = sorted({run.config.seed for run in found.runs})
     cells = len(found.runs)
-    left = f" (not counted: {len(found.left_out)} unfinished)" if found.left_out else ""
+    left = f" (and {len(found.left_out)} left out: unfinished, damaged or there twice)" if found.left_out else ""
     several = "means of the seeds (lowest to highest), " if len(seeds) > 1 else ""
     counted = f"{several}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {cells} runs{left}"
     kinds = "; ".join(sorted({str(run.hardware) for run in found.runs}))

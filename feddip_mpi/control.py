@@ -28,13 +28,16 @@ def decide(config: Config, history: Sequence[Record]) -> Control:
       share of ||v||^2, and down if it lost less than half of it; the factor stays within 1/4 and 4.
     - `control.upload_bytes`: the regrow share halves after a round in which a participant sent more than this on the
       mean, and doubles, up to what is configured, after a mask update that stayed below 80 % of it.
+
+    What a method does not have (no penalty, no regrow by `upload.regrow`, a mask that changes in all rounds) stays as it is.
     """
-    if not history or methods.named(config.method).masking != "scheduled":
+    method = methods.named(config.method)
+    if not history or method.masking != "scheduled":
         return Control()
-    waits, due = _mask(config, history)
+    waits, due = _mask(config, history) if method.waits else (False, False)
     return Control(
-        penalty_scale=_penalty_scale(config, history[-1]),
-        regrow_scale=_regrow_scale(config, history[-1]),
+        penalty_scale=_penalty_scale(config, history[-1]) if method.penalised else 1.0,
+        regrow_scale=_regrow_scale(config, history[-1]) if method.regrows else 1.0,
         mask_waits=waits,
         mask_due=due,
     )

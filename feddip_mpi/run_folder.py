@@ -62,7 +62,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = Lock(self)
-            self.checkpoints.mkdir()
+            self.require_free()  # another job may have had the lock meanwhile
+            self.checkpoints.mkdir(exist_ok=True)
             hdf5.write_text(self.config, config.to_yaml(settings))
         except OSError as error:
             raise InputError(
@@ -70,14 +71,27 @@ class RunFolder:
             ) from None
         return lock
 
+    def is_unused(self) -> bool:
+        """Whether there is nothing: no folder, or one with no more than what `create` makes before the configuration."""
+        if not self.path.is_dir():
+            return not self.path.exists()
+        inside = set(self.path.iterdir()) - {self.lock_file}
+        return not inside or (inside == {self.checkpoints} and not any(self.checkpoints.iterdir()))
+
     def require_free(self) -> None:
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path}: exists and is no folder; name another one")
+        try:
+            unused = self.is_unused()
+        except OSError as error:
+            raise InputError(
+                f"--out {self.path}: cannot be looked into ({error}); name a folder you may write to"
+            ) from None
+        if not unused:
             raise InputError(
                 f"--out {self.path}: holds files already and is never overwritten; `feddip-mpi resume {self.path}` goes "
                 "on with it, another --out starts anew"
             )
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--out {self.path}: exists and is no folder; name another one")
 
 
 def holder(folder: RunFolder) -> str | None:

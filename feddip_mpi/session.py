@@ -241,7 +241,7 @@ def _default_folder(config_path: str) -> Path:
 def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
     runtime.start_log(folder.path, comm.rank)
     if comm.rank == 0:
-        log.info("%s; %s; %s", message, runtime.versions(), runtime.hardware())
+        log.info("%s; %s", message, runtime.versions())
 
 
 def _build_to_train(comm: Communicator, settings: Config) -> Federation:
@@ -322,6 +322,8 @@ def check_same(built: Federation, loaded: Loaded) -> None:
 def _play(built: Federation, run: Run, state: State | None, history: list[Record]) -> None:
     """Play what is left of a run, on the ranks that are left; without a state, from its opening on."""
     run.faults = runtime.faults(built.comm.rank)
+    if run.owner:  # not before it trains here: reports take what a run has run on from this line
+        log.info("trains on %s", runtime.hardware())
     if built.config.precision == "bf16" and built.device.type == "cpu" and run.owner and runtime.lacks_bf16():
         log.warning("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
     while True:

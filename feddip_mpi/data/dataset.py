@@ -186,9 +186,10 @@ def _check_numbers(dataset: Dataset, source: str) -> None:
             rule = f"a tuple of {channels} finite numbers{' above 0' if name == 'std' else ''}"
             raise InputError(f"{source}: {name}: expected {rule}, one per channel, found {values!r}")
     names = dataset.class_names
-    if not isinstance(names, tuple) or len(names) not in (0, dataset.classes):
+    text = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    if not text or len(names) not in (0, dataset.classes):
         raise InputError(
-            f"{source}: class_names: expected a tuple of {dataset.classes} names or none, found {names!r:.80}"
+            f"{source}: class_names: expected a tuple of {dataset.classes} texts or none, found {names!r:.80}"
         )
     for field in fields(dataset):
         if field.name in ("name", "source") and not isinstance(getattr(dataset, field.name), str):

@@ -108,7 +108,8 @@ def _objection(known: Known, folder: Path) -> str | None:
     missing = [name for name in known.files if not has_file(known, folder, name)]
     if len(missing) == len(known.files):
         return ""
-    owner = next((other for other in KNOWN.values() if folder.name in other.folders), known)
+    names = {folder.name, "/".join(folder.parts[-2:])}
+    owner = next((other for other in KNOWN.values() if names & set(other.folders)), known)
     if owner is not known:
         return f"by its name it holds {owner.name}"
     return f"{', '.join(missing)} missing" if missing else None

@@ -25,8 +25,8 @@ def generate(config: SyntheticConfig, seed: int) -> Dataset:
     """
     channels, height, width = config.shape
     cells = (config.classes, channels, min(_CELLS, height), min(_CELLS, width))
-    patterns = stream(seed, "synthetic patterns").integers(0, _CONTRAST, cells, dtype=np.uint8)
     try:
+        patterns = stream(seed, "synthetic patterns").integers(0, _CONTRAST, cells, dtype=np.uint8)
         train = _split(config, patterns, config.train_samples, seed, "synthetic train")
         test = _split(config, patterns, config.test_samples, seed, "synthetic test")
     except (MemoryError, ValueError, OverflowError):  # numpy has other names for more than 2^63 bytes

@@ -75,6 +75,7 @@ class Method:
         summary: what it does, in one line.
         masking: "scheduled" masks follow `sparsity.*` and `mask.*`; a "fixed" one has the final sparsity from the start;
             with "none" every weight is kept and travels.
+        waits: a mask update may wait (`control.mask_delay`).
         penalised: lambda_t of `penalty.*` applies.
         regrows: clients send coordinates from outside the mask as `upload.regrow*` says.
         names_only: what a plan's `regrow` counts is named among the extras, without values; updates have none of it.
@@ -84,6 +85,7 @@ class Method:
 
     summary: ClassVar[str] = "masked training, pruned by magnitude"
     masking: ClassVar[Literal["scheduled", "fixed", "none"]] = "scheduled"
+    waits: ClassVar[bool] = True
     penalised: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
     names_only: ClassVar[bool] = False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from feddip_mpi import masks
+from feddip_mpi.errors import InputError
 from feddip_mpi.local import LocalHook
 from feddip_mpi.methods import channels
 from feddip_mpi.methods.base import Method, Seen
@@ -25,6 +26,11 @@ class PruneTrain(Method):
         super().__init__(config, model, layout, input_shape)
         self._shapes = layout.prunable_shapes
         self.links = channels.chain(model, input_shape, layout.prunable_names)
+        if not self.links:
+            raise InputError(
+                "method: prunetrain removes channels between two prunable layers, and this model has one such layer; "
+                "take another method or model"
+            )
         used = work.uses(model, input_shape, layout.prunable_names)
         self._uses = [used[name] for name in layout.prunable_names]
         (last,) = set(range(len(self._shapes))) - {link.producer for link in self.links}
@@ -64,8 +70,14 @@ class PruneTrain(Method):
         kept = channels.kept_channels(mask, self._shapes, self.links)
         removed = sum(int((~left).sum()) for left in kept)
         by_layer = [int(part.sum()) for part in mask.split(list(self.layout.prunable_sizes))]
-        gone = sum(int((~left).sum()) * (1 + 2 * len(link.norms)) for link, left in zip(self.links, kept, strict=True))
-        names = self.layout.prunable_names
+        names, trained = self.layout.prunable_names, set(self.layout.names[: self.layout.parameter_tensors])
+
+        def of_each_channel(link: channels.Link) -> int:
+            """Parameters of one channel that are no weights of the two layers."""
+            bias = f"{names[link.producer].removesuffix('weight')}bias"
+            return len(trained & {bias, *(f"{norm}.{name}" for norm in link.norms for name in ("weight", "bias"))})
+
+        gone = sum(int((~left).sum()) * of_each_channel(link) for link, left in zip(self.links, kept, strict=True))
         return {
             "channels_removed": removed,
             "channels": {

@@ -25,6 +25,7 @@ class SparsyFed(Method):
 
     summary = "trains w = theta |theta|^(beta-1) with pruned activations; each client keeps its largest weights"
     any_residual = False
+    waits = False
 
     @classmethod
     def plan(cls, config: Config, draft: RoundPlan) -> RoundPlan:
@@ -150,8 +151,12 @@ def prune_activations(layer: nn.Module) -> None:
     """
     contexts: list[Any] = []
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         given = inputs[0]
+        if torch.is_autocast_enabled(
+            given.device.type
+        ):  # what autograd saves is then the reduced copy: made here, it is known
+            given = given.to(torch.get_autocast_dtype(given.device.type))
         weight: Tensor = module.weight  # type: ignore[assignment]
 
         def pack(saved: Tensor) -> Tensor:
@@ -163,6 +168,7 @@ def prune_activations(layer: nn.Module) -> None:
         context = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
         context.__enter__()
         contexts.append(context)
+        return (given, *inputs[1:])
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         contexts.pop().__exit__()

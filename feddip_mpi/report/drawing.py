@@ -259,9 +259,10 @@ def footer_of(letters: Mapping[Any, str]) -> Callable[[Sequence[Group]], str]:
         versions = sorted({run.versions for run in runs})
         kinds = sorted({run.hardware for run in runs})
         named = "; ".join(f"{letters[kind]}: {kind}" for kind in kinds)
-        places = sorted({run.path.parent.name for run in runs})
+        places = sorted({run.path.parent.name for run in runs} - {""})  # a stored run has no folder any more
+        where = f" in {', '.join(places)}" if places else ""
         lines = [
-            f"{len(runs)} run{'s' * (len(runs) != 1)} in {', '.join(places)}; seed{'s' * (len(seeds) != 1)} "
+            f"{len(runs)} run{'s' * (len(runs) != 1)}{where}; seed{'s' * (len(seeds) != 1)} "
             f"{', '.join(map(str, seeds))}; {SPREAD}",
             " | ".join(versions),
             f"hardware {named}",

@@ -147,7 +147,8 @@ def _search(path: Path, found: Found, seen: set[Path], depth: int) -> None:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's, whole or not."""
     folder = RunFolder(path)
-    return any(file.is_file() for file in (folder.config, folder.metrics, folder.finished))
+    # os.path: a folder that cannot be looked into is none, and no error.
+    return any(os.path.isfile(file) for file in (folder.config, folder.metrics, folder.finished))
 
 
 def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:

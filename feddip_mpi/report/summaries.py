@@ -57,7 +57,9 @@ class Spread:
     def of(cls, values: Iterable[float]) -> Spread:
         """At least one value."""
         found = [float(value) for value in values]
-        return cls(sum(found) / len(found), min(found), max(found), len(found))
+        low, high = min(found), max(found)
+        # A sum is rounded: the mean of equal values may lie a bit above them.
+        return cls(min(max(sum(found) / len(found), low), high), low, high, len(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ class Group:
     Attributes:
         setting: what the task is; one line.
         method: its label.
-        sparsity: share of zeros of the final model, as measured.
+        sparsity: share of zeros of the final model, as measured; the seeds' mean.
         variant: what tells it from groups of the same setting, method and asked sparsity; empty where nothing has to.
         runs: in the order of their seeds.
     """
@@ -158,7 +160,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         final = part[0].config.sparsity.final
         alike.setdefault((setting_of(part[0].config), part[0].label, final), []).append(part)
     made = [
-        Group(setting, label, _sparsity(part[0]), variant, part)
+        Group(setting, label, _sparsity(part), variant, part)
         for (setting, label, _), same in alike.items()
         for part, variant in zip(same, _variants([part[0].config for part in same]), strict=True)
     ]
@@ -197,9 +199,9 @@ def capital(partition: str) -> str:
     return "IID" if partition == "iid" else partition[:1].upper() + partition[1:]
 
 
-def _sparsity(run: Run) -> float:
-    """As measured, to four figures: seeds differ by a weight at most."""
-    return float(f"{float(run.records[-1]['sparsity']):.4f}")
+def _sparsity(runs: Sequence[Run]) -> float:
+    """As measured, to four figures: the seeds' mean, as some methods' masks have a size of their own."""
+    return float(f"{Spread.of(run.records[-1]['sparsity'] for run in runs).mean:.4f}")
 
 
 def _variants(settings: Sequence[Config]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,12 @@ def pace_of(records: Sequence[Row], source: str, start_seconds: float = 0.0) -> 
         start_seconds,
         source,
     )
+
+
+def beside_each_other(pace: Pace, participants: int, ranks: int) -> Pace:
+    """The pace of several participants on several ranks, from that of one alone: ranks train theirs at the same time."""
+    turns = -(-participants // ranks)
+    return replace(pace, sample_seconds=pace.sample_seconds * turns / participants)
 
 
 def _evaluation(row: Row) -> float:

@@ -205,7 +205,7 @@ def _matches(choices: Iterable[_Choice], conditions: Mapping[str, set[str]]) -> 
 def _more(entry: Mapping[str, Any], axes: Mapping[str, list[_Choice]], source: str) -> Iterator[tuple[_Choice, ...]]:
     """The cells of an entry of `also`: the product of its lists; axes that it does not name stay as `base` has them."""
     parts = []
-    for axis, wanted in entry.items():
+    for axis, wanted in ((str(name), values) for name, values in entry.items()):
         if axis in axes and axes[axis][0].wins:
             parts.append(_named(axis, wanted, axes[axis], source, "also"))
         else:

@@ -37,9 +37,15 @@ class State:
 def look(cell: Cell, out: Path) -> State:
     """The state of a cell whose folder is `out`/name."""
     folder = RunFolder(out / cell.name)
-    if not folder.path.exists() or (folder.path.is_dir() and not any(folder.path.iterdir())):
-        return State(NEW)
-    if not folder.config.is_file():
+    try:
+        if folder.is_unused():
+            # A run that is just being made, or whose making was cut off: the next one takes it over.
+            maker = run_folder.holder(folder)
+            return State(NEW) if maker is None else State(BUSY, 0, f"another job is at work there ({maker})")
+        known = folder.config.is_file()
+    except OSError as error:
+        return State(REFUSED, remark=f"the folder cannot be looked into ({error})")
+    if not known:
         return State(REFUSED, remark="the folder holds files, but no config.yaml: it is no run folder")
     try:
         there = config.load(folder.config)

@@ -41,6 +41,17 @@ def test_methods_without_a_mask_are_left_alone(method: str) -> None:
     assert control.decide(chosen, history([1.0] * 9, {5})) == NO_CONTROL
 
 
+@pytest.mark.parametrize("method", ["sparsyfed", "feddst", "fedrts", "gradual", "feddip"])
+def test_what_a_method_does_not_have_is_not_said_to_change(method: str) -> None:
+    """A record says what was done: no wait where masks change in all rounds, no factor of what is not there."""
+    keys = {"mask_delay": 3, "pruning_error": 0.001, "upload_bytes": 1}
+    chosen = settings(method=method, control=keys)
+    waiting = control.decide(chosen, history([1.0] * 5 + [9.0] * 4, {5}, upload_indices_bytes=0))
+    assert waiting.mask_waits == (method != "sparsyfed")
+    cut = control.decide(chosen, history([1.0] * 5, {5}, upload_bytes=5000, upload_indices_bytes=100))
+    assert (cut.penalty_scale, cut.regrow_scale) == ((1.25, 0.5) if method == "feddip" else (1.0, 1.0))
+
+
 def play(config: Config, losses: list[float]) -> list[tuple[int, bool, bool]]:
     """(finished round, updated, delayed) when round r ends with losses[r - 1]."""
     records: list[dict[str, Any]] = []

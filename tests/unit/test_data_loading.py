@@ -74,6 +74,9 @@ def test_files_of_fashion_mnist_are_not_taken_for_mnist(tmp_path):
     with pytest.raises(InputError, match="by its name it holds fashion-mnist"):
         data.load(config("mnist", path=str(folder)), 1)
     assert data.load(config("fashion-mnist", path=str(folder)), 1).name == "fashion-mnist"
+    raw = put_idx(tmp_path / "FashionMNIST" / "raw")
+    with pytest.raises(InputError, match="by its name it holds fashion-mnist"):
+        data.load(config("mnist", path=str(raw)), 1)
 
 
 def test_missing_data_names_the_places_and_the_ways_out(tmp_path):
@@ -144,6 +147,9 @@ def mean(config, seed):
 def names(config, seed):
     return dataclasses.replace(good(config, seed), class_names=("a", "b"))
 
+def numbers(config, seed):
+    return dataclasses.replace(good(config, seed), class_names=tuple(range(10)))
+
 def raising(config, seed):
     raise KeyError("shelf")
 
@@ -179,7 +185,8 @@ def test_your_own_function(own_module):
         ("my_own_data:types", r"train_labels: expected int64 \[N\], found int32"),
         ("my_own_data:std", "std: expected a tuple of 1 finite numbers above 0"),
         ("my_own_data:mean", "mean: expected a tuple of 1 finite numbers, one per channel"),
-        ("my_own_data:names", "class_names: expected a tuple of 10 names"),
+        ("my_own_data:names", "class_names: expected a tuple of 10 texts"),
+        ("my_own_data:numbers", "class_names: expected a tuple of 10 texts"),
         ("my_own_data:raising", "raised KeyError: 'shelf'"),
         ("my_own_data:wrong_arguments", "raised TypeError"),
         ("my_own_data:number", "expected a function 'number' in my_own_data, found int"),
@@ -226,7 +233,8 @@ def test_synthetic_data_is_a_function_of_the_seed_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"train_samples": 10**15}, {"train_samples": 2**63 - 1}, {"shape": [1, 10**17, 3]}]
+    "options",
+    [{"train_samples": 10**15}, {"train_samples": 2**63 - 1}, {"shape": [1, 10**17, 3]}, {"shape": [10**15, 1, 1]}],
 )
 def test_synthetic_data_that_does_not_fit_is_refused(options):
     with pytest.raises(InputError, match="do not fit into memory"):
@@ -359,6 +367,7 @@ def test_download_of_an_archive_takes_only_the_files_wanted(server, tmp_path):
         (b"no archive", "not a usable tar archive"),
         (gzip.compress(b"no tar" * 999), "not a usable tar archive"),
     ],
+    ids=["a file less", "a link", "cut off", "no gzip", "no tar"],
 )
 def test_bad_archives_leave_nothing(server, tmp_path, content, message):
     with pytest.raises(InputError, match=message):

@@ -13,7 +13,8 @@ from alone import Alone
 from test_methods import Net, build, play, settings
 from torch import Tensor, nn
 
-from feddip_mpi import allocation, codec, federation, masks, models, rounds, server
+from feddip_mpi import allocation, codec, federation, masks, methods, models, rounds, server
+from feddip_mpi import config as configs
 from feddip_mpi.errors import InputError
 from feddip_mpi.federation import Federation
 from feddip_mpi.methods import channels, feddst, fedrts, prunefl, prunetrain, sparsyfed
@@ -24,7 +25,7 @@ from feddip_mpi.schedules import plan_round, sparsity
 from feddip_mpi.settings import PruneFLConfig
 from feddip_mpi.streams import stream
 from feddip_mpi.support import Support
-from feddip_mpi.vector import flatten
+from feddip_mpi.vector import Layout, flatten
 
 
 def batches(built: Federation, t: int, client: int) -> list[tuple[Tensor, Tensor]]:
@@ -610,6 +611,24 @@ def test_the_smaller_network_computes_what_the_masked_one_does(name: str, shape:
     assert [k.tolist() for k in channels.kept_channels(torch.cat(parts), shapes, links)] == [k.tolist() for k in kept]
 
 
+def test_prunetrain_counts_what_a_network_has() -> None:
+    """vgg11's convolutions have no bias, its normalisations have two numbers a channel."""
+    model = models.create("vgg11", 3, (32, 32), 10)
+    layout = Layout.of(model, names := models.prunable_names(model))
+    method = methods.make(configs.validate({"method": "prunetrain"}), model, layout, (3, 32, 32))
+    kept = [torch.arange(link.channels) % 2 == 0 for link in method.links]
+    facts = method.facts(channels.mask_of(kept, layout.prunable_shapes, method.links))
+    small = channels.smaller(model, names, method.links, kept)
+    assert facts["parameters_left"] == sum(p.numel() for p in small.parameters())
+
+
+def test_prunetrain_needs_two_layers() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    layout = Layout.of(model, ["1.weight"])
+    with pytest.raises(InputError, match="prunetrain removes channels between two"):
+        methods.make(configs.validate({"method": "prunetrain"}), model, layout, (1, 4, 4))
+
+
 def test_prunetrain_counts_the_smaller_network() -> None:
     built = fp32("prunetrain")
     state = rounds.initial_state(built)
@@ -778,6 +797,29 @@ def test_gradients_of_weights_see_the_largest_activations_alone(order: torch.mem
         layer.eval()
         (unpruned,) = torch.autograd.grad(layer(given), [layer.weight], pull)
         assert torch.allclose(unpruned, torch.autograd.grad(plain(given), [plain.weight], pull)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(40, 4), (4, 40)), (nn.Conv2d(3, 5, 3), (4, 3, 8, 8)), (nn.Linear(6, 6), (6, 6))]
+)
+def test_activations_are_pruned_in_bf16_too(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """Autograd then saves a reduced copy of the input; another tensor of its shape, the weight, is not taken for it."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.weight.view(-1)[layer.weight.numel() // 4 :] = 0
+    plain, given = deepcopy(layer), torch.randn(shape)
+    sparsyfed.prune_activations(layer)
+    gradients = []
+    for each in (layer, plain):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out = each(given)
+        gradients.append(torch.autograd.grad(out.float().sum(), each.weight)[0])
+    share = float(layer.weight.count_nonzero()) / layer.weight.numel()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        out = plain(sparsyfed.largest_inputs(given.bfloat16(), share))
+    (expected,) = torch.autograd.grad(out.float().sum(), plain.weight)
+    assert torch.allclose(gradients[0], expected, rtol=2e-2, atol=2e-2)
+    assert not torch.allclose(gradients[0], gradients[1], rtol=0.1, atol=0.1)
 
 
 def test_sparsyfed_keeps_the_union_then_cuts_by_hand() -> None:

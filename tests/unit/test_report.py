@@ -174,6 +174,28 @@ def test_groups_and_spreads(study: Path) -> None:
     assert mild.seconds == Spread(6.0, 6.0, 6.0, 2)
 
 
+def test_a_mean_lies_between_the_lowest_and_the_highest() -> None:
+    """Sums are rounded: three times 0.1 by three is more than 0.1, and an error bar below zero is none."""
+    for value in np.linspace(0, 1, 1001):
+        spread = Spread.of([value] * 3)
+        assert spread.low <= spread.mean <= spread.high == value
+
+
+def test_runs_that_stay_at_chance_are_drawn(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        made_runs.make(tmp_path / "runs" / f"dense-{seed}", seed, 0.1, keys={"method": "fedavg"}, sparsity=0.0)
+        made_runs.make(tmp_path / "runs" / f"s{seed}", seed, 0.1)
+    page.report([str(tmp_path / "runs")], str(tmp_path / "out"))
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_seeds_that_end_with_other_sparsities_have_their_mean(tmp_path: Path) -> None:
+    for seed, sparsity in ((1, 0.0), (2, 0.4), (3, 0.8)):
+        made_runs.make(tmp_path / f"s{seed}", seed, sparsity=sparsity)
+    (group,) = groups_of(tmp_path)
+    assert group.sparsity == pytest.approx(0.4) and group.prunes
+
+
 def test_by_round_takes_the_rounds_that_all_seeds_have(tmp_path: Path) -> None:
     for seed, accuracy in ((1, 0.5), (2, 0.7)):
         made_runs.make(tmp_path / f"s{seed}", seed, accuracy)

@@ -268,6 +268,7 @@ def test_a_study_that_cannot_be_is_refused(tiny: Path, tmp_path: Path) -> None:
         ({"ranks": (1, 16)}, "--set clients=16"),
         ({"warm_up": 12}, "--warm-up 12"),
         ({"launcher": "mpirun -n 2"}, "{ranks}"),
+        ({"launcher": "mpirun -n {ranks} 'x"}, "No closing quotation"),
     ):
         with pytest.raises(InputError, match=re.escape(text)):
             study.prepare(str(tiny), [], Settings(**changes), out)

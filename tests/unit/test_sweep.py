@@ -93,6 +93,7 @@ def test_keys_with_equal_endings_are_told_apart() -> None:
         ("grid: {seed: [1]}\nexclude: [{sed: 1}]", ["exclude: sed: no axis of the grid; its axes: seed"]),
         ("grid: {seed: [1]}\nexclude: [{seed: 4}]", ["exclude: seed: got 4; the axis has 1"]),
         ("grid: {seed: [1]}\nexclude: [{seed: 1}]", ["no cell is left"]),
+        ("grid: {seed: [1]}\nalso: [{on: 1}]", ["cell True-1: True: unknown key"]),
         ("gird: {seed: [1]}", ["gird: unknown key of a grid; did you mean 'grid'?"]),
         ("grid: {a: {x: {seed: 1}}, b: {y: {seed: 2}}}", ["seed: a=x sets 1, b=y sets 2"]),
         ("grid: {a: {x: 3}}", ["grid: a: x: got 3; give keys and values"]),
@@ -168,6 +169,23 @@ def test_states(tmp_path: Path) -> None:
     Lock(RunFolder(tmp_path / four.name)).release()  # to look takes nothing away
 
 
+def test_a_folder_that_is_being_made_is_busy_and_one_half_made_is_begun(tmp_path: Path) -> None:
+    """The lock and checkpoints/ come before config.yaml."""
+    (cell,) = cells("grid: {seed: [1]}")
+    folder = RunFolder(tmp_path / cell.name)
+    folder.checkpoints.mkdir(parents=True)
+    lock = Lock(folder)
+    assert states.look(cell, tmp_path).kind == states.BUSY
+    with pytest.raises(InputError, match="another job is at work"):
+        folder.create(cell.config)
+    lock.release()  # its maker died
+    assert states.look(cell, tmp_path) == State(states.NEW)
+    folder.create(cell.config).release()
+    assert states.look(cell, tmp_path).kind == states.UNFINISHED
+    with pytest.raises(InputError, match="holds files already"):
+        folder.create(cell.config)
+
+
 def test_whoever_looks_keeps_no_job_out(tmp_path: Path) -> None:
     """`holder` takes the lock for a moment; a job that starts just then waits that long."""
     folder = begun(cells("grid: {seed: [1]}")[0], tmp_path)
@@ -240,6 +258,12 @@ def test_estimate_from_cells_of_the_sweep(tmp_path: Path) -> None:
     size = estimate.folder_bytes(tmp_path / done.name)
     assert result.bytes == size - estimate.folder_bytes(tmp_path / half.name) + size
     assert result.bytes_are == "as finished cells"
+
+
+def test_a_trial_of_one_client_stands_for_ranks_that_train_side_by_side() -> None:
+    pace = estimate.Pace(0.01, 1.0, 1.0, 0.0, "")
+    for participants, ranks, expected in ((4, 4, 0.0025), (5, 2, 0.006), (5, 1, 0.01), (2, 8, 0.005)):
+        assert estimate.beside_each_other(pace, participants, ranks).sample_seconds == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "3", '{"round": 1, "train_seconds": "long"}', "[" * 100_000])
