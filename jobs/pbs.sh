@@ -5,6 +5,8 @@
 #   qsub jobs/pbs.sh
 #   RUN=runs/other qsub -V -l select=4:ncpus=16:mpiprocs=16 jobs/pbs.sh
 #
+# More ranks than participants in a round (K, 5 in the configuration below) have nothing to train: name a CONFIG with more.
+#
 # PBS sends no signal ahead of the limit, so this script has a clock of its own, and submits itself again after a stop
 # that was saved. TERM (qdel, or the limit) leaves as long as the server's kill_delay.
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains LeNet-5 on Fashion-MNIST to sparsity 0.9 with 4 ranks on this machine: one to two minutes on 2 cores.
+# Trains LeNet-5 on Fashion-MNIST to sparsity 0.9 with 4 ranks on this machine.
 #
 #   bash jobs/quickstart.sh                      first run: also makes the environment (see jobs/setup-env.sh)
 #   bash jobs/quickstart.sh --set rounds=2       further arguments go to `feddip-mpi train`

@@ -5,7 +5,7 @@
 #
 # What the environment may say:
 #   FEDDIP_VENV     folder of the virtual environment (default: .venv)
-#   FEDDIP_DATA     folder with your data sets; nothing is installed or downloaded then
+#   FEDDIP_DATA     folder with your data sets; no data is installed or downloaded then
 #   PYTHON          the interpreter to start from (default: the first python3 that is 3.10 or newer)
 #   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...   pip's own settings. On a machine without a GPU, an
 #                   index of CPU builds of PyTorch saves gigabytes of CUDA libraries.

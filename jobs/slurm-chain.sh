@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # A run longer than any job may be: each job of the chain goes on where the one before it ended, until the run is done.
 #
-#   bash jobs/slurm-chain.sh                                       submits the first job
-#   bash jobs/slurm-chain.sh --nodes=4 --time=720                  options of sbatch, for all jobs of the chain
-#   bash jobs/slurm-chain.sh --nodes=4 -- --set rounds=1000        options of `train` after --
-#   scancel --name=feddip-chain                                    ends it: a single job's successor would go on
+#   bash jobs/slurm-chain.sh                                               submits the first job
+#   bash jobs/slurm-chain.sh --time=720 --account=...                      options of sbatch, for all jobs of the chain
+#   bash jobs/slurm-chain.sh --nodes=4 -- --set participants=16            options of `train` after --
+#   scancel --name=feddip-chain                                            ends it: a single job's successor would go on
+#
+# More ranks than participants in a round (K, 5 in the configuration below) have nothing to train.
 #
 # Use it where jobs may not be requeued. A job submits its successor first of all (--dependency=afterany), so that the
 # chain also survives a node that dies; it cancels it when the run is finished or fails in a way that would repeat itself.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Several nodes without GPUs, one rank a core. Submit it from the top of the repository; submitted again, it goes on.
 #
-#   sbatch jobs/slurm-cpu.sh
-#   sbatch --nodes=4 --ntasks-per-node=32 jobs/slurm-cpu.sh --set rounds=200
+#   sbatch jobs/slurm-cpu.sh --set participants=8
+#   sbatch --nodes=4 --ntasks-per-node=32 jobs/slurm-cpu.sh --set rounds=200 --set participants=128 --set clients=256
 #
-# More ranks than participants in a round (K) have nothing to train; `feddip-mpi plan CONFIG` shows what a run will do.
+# More ranks than participants in a round (K, 5 in the configuration below) have nothing to train; `feddip-mpi plan CONFIG`
+# shows what a run will do.
 #
 #SBATCH --job-name=feddip-cpu
 #SBATCH --nodes=2

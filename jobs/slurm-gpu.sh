@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Several nodes, one GPU a rank. Submit it from the top of the repository; submitted again, it goes on.
 #
-#   sbatch jobs/slurm-gpu.sh
-#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 jobs/slurm-gpu.sh
+#   sbatch jobs/slurm-gpu.sh --set participants=8
+#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 jobs/slurm-gpu.sh --set participants=32
+#
+# More ranks than participants in a round (K, 5 in the configuration below) have nothing to train.
 #
 # Every rank sees all GPUs of its node and takes number (local rank) modulo (GPUs seen). Do not ask for --gpus-per-task:
 # it shows each rank one GPU only, and an MPI or NCCL that wants to reach a neighbour's memory directly no longer can.
