@@ -132,7 +132,7 @@ def opening(federation: Federation, holders: Sequence[int], life: Life) -> tuple
             exchange.finish().aggregate.add_to(total)
     sent, received = comm.sent["update"] - before[0], comm.received["update"] - before[1]
     # Everybody knows of all uploads: a rank may die before the first round tells of them.
-    everybodys = int(comm.gather(np.array([uploaded], np.float64)).sum())
+    everybodys = int(comm.total(np.array([uploaded], np.float64))[0])
     return sums, Opened(everybodys, sent, received)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ def score(
     whole = batch_count(data, batch_size)
     losses = np.zeros(whole)
     correct = torch.zeros(count, dtype=torch.uint8, device=data.labels.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), _without_tf32(data.labels.device):
         for batch in range(whole) if batches is None else batches:
             if give_up():
                 raise Abandoned("a round was abandoned while the model of the one before was evaluated")
@@ -69,6 +70,21 @@ def score(
             losses[batch] = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             correct[part] = _right(logits, labels)
     return BatchScores(losses, correct.cpu().numpy())
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Training with `precision: tf32` sets these flags for the process; an evaluation is float32."""
+    if device.type != "cuda":
+        yield
+        return
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

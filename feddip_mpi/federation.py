@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from feddip_mpi import data, generators, methods, models
+from feddip_mpi import data, generators, indices, methods, models
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError, InputError
@@ -77,6 +77,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
             config.data, config.clients, dataset.train_labels, dataset.test_labels, dataset.classes, config.seed
         )
         model, layout = build_model(config, dataset.train_images.shape[1:], dataset.classes)
+        _require_places(config, layout)
         _require_batches_of_two(config, model, parts)
         method = methods.make(config, model, layout, dataset.train_images.shape[1:])
         others = _more_models(config, model, dataset.train_images.shape[1:], dataset.classes)
@@ -156,6 +157,15 @@ def _own_parts(model: torch.nn.Module) -> Iterator[tuple[str, object]]:
     for name, buffer in model.named_buffers():
         if not buffer.is_floating_point():
             yield f"the same buffer {name}", buffer
+
+
+def _require_places(config: Config, layout: Layout) -> None:
+    """Raises InputError where places of weights could not be sent: hours later otherwise, at the first mask update."""
+    if layout.prunable > indices.MAX_SIZE:
+        raise InputError(
+            f"model.name: {config.model.name} has {layout.prunable} prunable weights; allowed: up to {indices.MAX_SIZE}; "
+            "name some of its tensors in model.keep_dense, or take a smaller model"
+        )
 
 
 def _require_batches_of_two(config: Config, model: torch.nn.Module, parts: partitions.Partition) -> None:

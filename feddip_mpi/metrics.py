@@ -104,7 +104,9 @@ FIELDS: dict[str, Field] = {
     "checkpoint_seconds": Field("float", "clock", "what the run waited for its checkpoints after this round"),
     "round_seconds": Field("float", "clock", "the whole round on rank 0, checkpoint included"),
     "samples_per_second": Field("float", "clock", "images trained on per second of the round"),
-    "host_memory_bytes": Field("int", "clock", "peak host memory of all ranks together"),
+    "host_memory_bytes": Field(
+        "int", "clock", "peak host memory of all ranks together; what ranks of a node share (the data) counts for each"
+    ),
     "device_memory_bytes": Field("int", "clock", "peak device memory of all ranks together"),
 }
 

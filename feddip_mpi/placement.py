@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 # A holder may be loaded this much above the mean before its client moves: moving a residual costs a message.
 _TOLERANCE = 1.1
 # How much of a rank's speed is that of the rounds before.
@@ -29,15 +31,15 @@ def assign(
     Returns:
         rank by client id, keys in the order of `participants`.
     """
-    pace = list(speeds) if speeds is not None else [1.0] * ranks
-    loads = [0.0] * ranks  # in the time that they take
-    longest = max(samples[c] for c in participants) / max(pace)
-    limit = _TOLERANCE * max(sum(samples[c] for c in participants) / sum(pace), longest)
+    pace = np.array(speeds, np.float64) if speeds is not None else np.ones(ranks)
+    loads = np.zeros(ranks)  # in the time that they take
+    longest = max(samples[c] for c in participants) / pace.max()
+    limit = _TOLERANCE * max(sum(samples[c] for c in participants) / sum(pace.tolist()), longest)
     placed = {}
     for client in sorted(participants, key=lambda c: (-samples[c], c)):
         rank = holders[client]
         if loads[rank] + samples[client] / pace[rank] > limit:
-            rank = min(range(ranks), key=lambda r: (loads[r] + samples[client] / pace[r], r))
+            rank = int((loads + samples[client] / pace).argmin())  # of equal ones the first
         loads[rank] += samples[client] / pace[rank]
         placed[client] = rank
     return {client: placed[client] for client in participants}
@@ -55,11 +57,11 @@ def fill_up(pieces: int, size: float, loads: Sequence[float], speeds: Sequence[f
     Returns:
         The pieces of each rank, ascending.
     """
-    pace = list(speeds) if speeds is not None else [1.0] * len(loads)
-    done = [load / speed for load, speed in zip(loads, pace, strict=True)]
+    pace = np.array(speeds, np.float64) if speeds is not None else np.ones(len(loads))
+    done = np.array(loads, np.float64) / pace
     given: list[list[int]] = [[] for _ in loads]
     for piece in range(pieces):
-        rank = min(range(len(loads)), key=lambda r: (done[r] + size / pace[r], r))
+        rank = int((done + size / pace).argmin())
         done[rank] += size / pace[rank]
         given[rank].append(piece)
     return given
@@ -98,4 +100,7 @@ def learnt_speeds(
 
 def by_rank(placed: Mapping[int, int], ranks: int) -> list[list[int]]:
     """The clients of each rank, in the order of `placed`."""
-    return [[client for client, rank in placed.items() if rank == r] for r in range(ranks)]
+    lists: list[list[int]] = [[] for _ in range(ranks)]
+    for client, rank in placed.items():
+        lists[rank].append(client)
+    return lists

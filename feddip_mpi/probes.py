@@ -45,6 +45,7 @@ sys.exit({_GRANTED})
 # Vectors of the model's size that a rank has at its peak, besides one for each of its participants, fitted to AlexNet:
 # 2.0 GB measured with 1 client on 1 rank, 3.0 GB with 8, 2.2 GB with 4 (docs/results/scaling.md).
 _VECTORS = 12
+_AT_ONCE = 5  # of a further client that trains at once: network, weights, gradient twice, workspace of the layers
 _PROGRAM_BYTES = 300 * 10**6  # Python, torch and MPI before there is a model
 
 
@@ -175,12 +176,15 @@ def needs(settings: Config, size: int, prunable: int, ranks: int) -> Json:
         prunable: P.
         ranks: the clients' residuals are spread over.
     """
-    residual = 0 if settings.upload.residual == "drop" else 4 * prunable
+    upload = settings.upload
+    residual = 0 if upload.residual == "drop" else (2 if upload.residual_values == "bf16" else 4) * prunable
     held, trained = -(-settings.clients // ranks), -(-settings.participants // ranks)
+    vectors = _VECTORS + trained + _AT_ONCE * (min(settings.clients_at_once, trained) - 1)
+    in_memory = min(held * residual, upload.residual_memory * 2**20)  # the others lie in a file
     checkpoint = 4 * size + prunable // 8 + settings.clients * residual
     files = settings.checkpoint.keep + settings.checkpoint.best + 1  # the newest is written before the oldest goes
     return {
-        "memory_bytes": _PROGRAM_BYTES + 4 * size * (_VECTORS + trained) + held * residual,
+        "memory_bytes": _PROGRAM_BYTES + 4 * size * vectors + in_memory,
         "one_checkpoint_bytes": 4 * size + prunable // 8,
         "disk_bytes": checkpoint * min(files, settings.rounds),
     }

@@ -121,8 +121,8 @@ def merged(
     measured = comm.gather(own)
     slowest = dict(zip(meter.seconds, measured.max(axis=0), strict=False))
     sums = [int(x) for x in measured[:, len(meter.seconds) :].sum(axis=0)]
-    # Every slot is filled by one rank and zero elsewhere, and bytes are whole: the sum is exact for any number of ranks.
-    loss, samples, squared, *uploaded, extra = comm.gather(work.numbers).sum(axis=0).T
+    # Every slot is filled by one rank and zero elsewhere, and bytes are whole.
+    loss, samples, squared, *uploaded, extra = comm.total(work.numbers).T
     upload = dict(zip(KINDS_OF_BYTES, (int(column.sum()) for column in uploaded), strict=True))
     record = {
         **_planned(plan, comm.size),

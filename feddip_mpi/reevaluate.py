@@ -43,7 +43,8 @@ def evaluate(comm: Communicator, path: str, overrides: Sequence[str]) -> dict[st
     values, refused = session.on_root(comm, read)
     if comm.rank == 0:
         terminal.warn_refused(refused)
-    built = session.build(comm, config.validate(values))
+    # What a run trains with is of no matter here: an evaluation is float32, and one model after another.
+    built = session.build(comm, config.override(config.validate(values), ["precision=fp32", "clients_at_once=1"]))
     session.on_root(comm, lambda: session.check_same(built, held[0]))
     weights = server.pruned(held[0].server.weights, held[0].server.mask).numpy() if held else None
     scores = scoring.score_model(built, torch.from_numpy(comm.broadcast_array(weights)).to(built.device))

@@ -81,7 +81,13 @@ class _Space:
         values = np.empty(self._length, self._dtype)
         view, done = values.view(np.uint8).data, 0
         while done < values.nbytes:  # a call reads 2 GiB at most
-            read = os.preadv(self._file.fileno(), [view[done:]], slot * values.nbytes + done)
+            try:
+                read = os.preadv(self._file.fileno(), [view[done:]], slot * values.nbytes + done)
+            except OSError as error:
+                raise FeddipError(
+                    f"residuals: the file in {self._place()} cannot be read ({error.strerror}); resume, with another "
+                    "upload.residual_folder where that one fails again"
+                ) from None
             if not read:
                 raise FeddipError(f"residuals: the file in {self._place()} is too short; resume")
             done += read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -47,8 +48,11 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, st
         if environment.get(name, "").isdigit():
             return int(environment[name]), name
     in_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
-    tasks = environment.get("SLURM_NTASKS") or environment.get("SLURM_NPROCS") or ""
-    return (int(tasks), "SLURM_NTASKS") if in_step and tasks.isdigit() else (1, "")
+    # The step's own number first: the shell of an interactive step, one task, still has the allocation's SLURM_NTASKS.
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"):
+        if in_step and environment.get(name, "").isdigit():
+            return int(environment[name]), name
+    return 1, ""
 
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
@@ -483,9 +487,35 @@ def process() -> dict[str, Any]:
         "pid": os.getpid(),
         "cores": sorted(os.sched_getaffinity(0)),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "memory_available_bytes": memory.available,
+        "memory_available_bytes": min(memory.available, *_rooms_of_groups()),
         "memory_bytes": memory.total,
     }
+
+
+def _rooms_of_groups(root: Path = Path("/")) -> list[int]:
+    """Bytes that the control groups of this process leave it: a batch system's limit is below the node's memory.
+
+    What can be given back at once (file pages not in use) counts as free, as in the node's own number.
+    """
+    kinds = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    rooms = [1 << 62]
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return rooms
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        for name, limit, used in kinds:
+            if name not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / name
+            group = top / place.strip("/")
+            for folder in (group, *(parent for parent in group.parents if parent == top or top in parent.parents)):
+                with contextlib.suppress(OSError, ValueError):  # no limit is the word max
+                    statistics = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                    free = int((folder / limit).read_text()) - int((folder / used).read_text())
+                    rooms.append(max(0, free + int(statistics.get("inactive_file", 0))))
+    return rooms
 
 
 def file_system(path: Path) -> dict[str, Any]:

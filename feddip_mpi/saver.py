@@ -121,7 +121,7 @@ class FolderSaver:
         comm = self._built.comm
         # One question to all, not one for each of the many clients that never took part.
         own = np.array([client in state.held for client in range(len(state.holders))], np.uint8)
-        for client in np.flatnonzero(comm.gather(own).any(axis=0)).tolist():
+        for client in np.flatnonzero(comm.total(own)).tolist():
             holder = state.holders[client]
             if holder == 0:
                 residual = state.held.get(client)

@@ -49,11 +49,8 @@ def score_part(
 def merged(federation: Federation, own: BatchScores) -> Scores:
     """The scores of which every rank has a part; the same on every rank."""
     comm = federation.comm
-    parts = [
-        BatchScores(losses, correct)
-        for losses, correct in zip(comm.gather(own.losses), comm.gather(own.correct), strict=True)
-    ]
-    return evaluate.merge(parts, federation.partition.test if federation.config.eval.clients else None)
+    whole = BatchScores(comm.total(own.losses), comm.total(own.correct))  # each batch is some rank's
+    return evaluate.merge([whole], federation.partition.test if federation.config.eval.clients else None)
 
 
 def can_wait(federation: Federation, round: int, holders: Sequence[int], speeds: Sequence[float] | None) -> bool:

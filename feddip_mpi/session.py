@@ -134,8 +134,10 @@ def _first_state(built: Federation, run: Run) -> State:
     watchdog, life = _watched(built, run)
     try:
         return rounds.initial_state(built, life)
-    except Abandoned:
-        raise _stopped_before(0, run) from None
+    except Abandoned as abandoned:
+        stopped = _stopped_before(0, run)
+        stopped.shared = abandoned.shared  # all ranks are here: each ends by itself
+        raise stopped from None
     finally:
         watchdog.close()
 
@@ -249,6 +251,8 @@ def _build_to_train(comm: Communicator, settings: Config) -> Federation:
     error = None
     try:
         require_folder(settings.upload)
+        if settings.upload.entropy == "zstd":
+            entropy.require()
     except InputError as caught:
         error = caught
     comm.check(error)
@@ -261,8 +265,6 @@ def build(comm: Communicator, settings: Config) -> Federation:
     for fault in runtime.faults(comm.rank):
         fault.enter("setup", 0)
     try:
-        if settings.upload.entropy == "zstd":
-            entropy.require()
         device = runtime.prepare_torch(settings, runtime.local_rank(comm.rank, comm.node_rank))
     except FeddipError as caught:
         error = caught
@@ -525,7 +527,10 @@ def _finish(built: Federation, folder: RunFolder, state: State, history: list[Re
     summary = summarise(built, history, pruned, memory.top1, state.server.mask)
     plot = _draw(built, folder, history)
     terminal.show_summary(summary, folder.path, plot)
-    hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
+    try:
+        hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise hdf5.cannot_write(error, folder.finished) from None
     log.info("finished after round %d", state.server.round)
 
 

@@ -34,7 +34,7 @@ FIELDS = {
     "received_bytes": "bytes that ranks received from each other for updates",
     "seconds": "sum of the rounds' seconds, evaluations and waiting for checkpoints included, the start not",
     "idle_share": "share of all ranks' time in which they waited for slower ones; null where it was not measured",
-    "peak_host_memory_bytes": "peak host memory of all ranks together",
+    "peak_host_memory_bytes": "peak host memory of all ranks together; what ranks of a node share (the data) counts for each",
     "versions": "of the program and of what it runs on",
     "mpi": "the MPI library",
     "hardware": "processor, cores, host",

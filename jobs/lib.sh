@@ -53,7 +53,8 @@ forward() {
     local pid=$LAUNCHER_PID
     [[ -n $pid ]] || return 0
     while kill -0 "$pid" 2>/dev/null; do
-        if tail -c "+$((LOG_BYTES + 1))" "$RUN/run.log" 2>/dev/null | grep -q ' INFO round '; then
+        # No pipe: grep ends at its first match, and pipefail would call that tail's failure.
+        if grep -q ' INFO round ' < <(tail -c "+$((LOG_BYTES + 1))" "$RUN/run.log" 2>/dev/null); then
             kill -USR1 "$pid"
             return
         fi
@@ -197,6 +198,7 @@ run_job() {
     fi
     say "restarts: ${SLURM_RESTART_COUNT:-0}; nodes: ${SLURM_JOB_NODELIST:-$(hostname)}; newest checkpoint: $NEWEST"
     say "${COMMAND[*]} feddip-mpi ${what[*]}"
+    LOG_BYTES=0 # a job may play several runs
     [[ -e $RUN/run.log ]] && LOG_BYTES=$(wc -c <"$RUN/run.log")
     # The program ends all ranks itself when one fails; `-m mpi4py` would call a saved stop (exit code 75) a failure too.
     wait_for "${COMMAND[@]}" python -m feddip_mpi "${what[@]}"

@@ -74,7 +74,7 @@ prepare_environment
 run_job "$@"
 outcome=$?
 # Wrong input, a damaged file, divergence and ranks that disagree (2 to 5) repeat themselves; what else fails may not.
-if ((outcome == 0 || (outcome >= 2 && outcome <= 5))); then
+if ((outcome == 0 || (outcome >= 2 && outcome <= 5))) || [[ $STOP == USR2 ]]; then # USR2: save, end, stay away
     exit "$outcome"
 fi
 trap - EXIT

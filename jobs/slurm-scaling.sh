@@ -76,7 +76,8 @@ submit_all() {
     local kind ranks job options=("$@") jobs=
     for kind in $KINDS; do
         for ranks in $RANK_COUNTS; do
-            job=$(sbatch --parsable "--nodes=$(nodes_for "$ranks")" "--ntasks=$ranks" "${options[@]}" \
+            job=$(sbatch --parsable "--nodes=$(nodes_for "$ranks")" "--ntasks=$ranks" "--ntasks-per-node=$RANKS_PER_NODE" \
+                "${options[@]}" \
                 jobs/slurm-scaling.sh point "$kind" "$ranks") || die 2 "sbatch refused $kind, $ranks ranks"
             say "$kind, $ranks ranks: job $job"
             jobs+=:$job

@@ -144,7 +144,9 @@ def adaptive(scores: Tensor, costs: Tensor, fixed: Tensor, overhead: float) -> T
         fixed: bool [P], joined from the start.
         overhead: time that no choice saves, in the unit of `costs`.
     """
-    gain = scores.double()
+    place = scores.device
+    # On the CPU: sums of this kind have no deterministic form on a GPU.
+    gain, costs, fixed = scores.double().cpu(), costs.cpu(), fixed.cpu()
     order = torch.argsort(torch.where(fixed, -1.0, gain / costs), descending=True, stable=True)
     order = order[: int((~fixed).sum())]
     gains = gain[fixed].sum() + torch.cat([gain.new_zeros(1), gain[order].cumsum(0)])
@@ -153,7 +155,7 @@ def adaptive(scores: Tensor, costs: Tensor, fixed: Tensor, overhead: float) -> T
     joined = int(pays.to(torch.int8).cumprod(0).sum())
     out = fixed.clone()
     out[order[:joined]] = True
-    return out
+    return out.to(place)
 
 
 class _SquaredGradients(LocalHook):

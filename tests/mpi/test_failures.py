@@ -70,6 +70,17 @@ def test_failed_save_ends_all_and_keeps_what_was_saved(config: Path, tmp_path: P
     assert saved_rounds(tmp_path / "run") == [1, 2]
 
 
+def test_a_disk_that_is_full_at_the_very_end_is_told_readably(config: Path, tmp_path: Path) -> None:
+    """The last checkpoint has just fitted, finished.json does not."""
+    run = tmp_path / "run"
+    done = fail(config, run, "finish:0:2")
+    assert done.code not in (0, 75) and "Traceback" not in done.text, done.text
+    assert "finished.json: cannot be written (No space left on device)" in done.text
+    last = saved_rounds(run)[-1]
+    launch.run([*launch.FEDDIP, "resume", str(run)]).expect(0)
+    assert (run / "finished.json").exists() and saved_rounds(run)[-1] == last
+
+
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_nan_stops_all_and_says_where(config: Path, tmp_path: Path, ranks: int | None) -> None:
     # Every client takes 4 steps a round; rank 1 has 2 of the 4 participants, a plain process all.

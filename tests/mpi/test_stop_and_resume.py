@@ -209,10 +209,14 @@ def test_a_run_that_was_never_saved_begins_again(config: Path, tmp_path: Path) -
     assert "it was never saved: it begins again" in (run / "run.log").read_text()
 
 
-def test_a_stop_while_clients_open_the_run(config: Path, tmp_path: Path) -> None:
-    """All clients measure saliencies before the first round of SSFL; a signal there ends the run between two of them."""
+@pytest.mark.parametrize("grace", [300, 0.2])
+def test_a_stop_while_clients_open_the_run(config: Path, tmp_path: Path, grace: float) -> None:
+    """All clients measure saliencies before the first round of SSFL; a signal there ends the run between two of them.
+
+    After `stop_grace` it ends it within one, which is no failure either.
+    """
     whole, run = tmp_path / "whole", tmp_path / "run"
-    changes = {"model__name": "small_models:fragile", "method": "ssfl", "rounds": 2}
+    changes = {"model__name": "small_models:fragile", "method": "ssfl", "rounds": 2, "stop_grace": grace}
     slow = {"FEDDIP_TEST_SLEEP": "0.8"}  # eight clients of four batches on two ranks: 13 s, a client 3 s
     with launch.Job([*launch.FEDDIP, *runs.train(config, run, **changes)], 2, extra=slow) as job:
         job.wait_until(lambda: (run / "run.log").exists() and "start: ssfl" in (run / "run.log").read_text())
@@ -223,6 +227,7 @@ def test_a_stop_while_clients_open_the_run(config: Path, tmp_path: Path) -> None
         took = time.monotonic() - sent
     assert f"stopped by a signal before round 1; `feddip-mpi resume {run}` goes on" in ended.text
     assert took < 9 and list((run / "checkpoints").iterdir()) == [] and runs.lines(run) == []
+    assert "failed" not in ended.text
     launch.run([*launch.FEDDIP, "resume", str(run)]).expect(0)
     launch.run([*launch.FEDDIP, *runs.train(config, whole, **changes)]).expect(0)
     runs.assert_equal(whole, run)

@@ -177,4 +177,11 @@ def test_needs_grow_with_clients_and_shrink_with_ranks() -> None:
     one, many = probes.needs(settings, 1000, 800, 1), probes.needs(settings, 1000, 800, 50)
     assert one["memory_bytes"] - many["memory_bytes"] == 49 * 4 * 800 + 4 * 4 * 1000
     assert one["disk_bytes"] == 3 * (4 * 1000 + 100 + 50 * 4 * 800) == many["disk_bytes"]
+    spilled = probes.needs(config.override(settings, ["upload.residual_memory=0"]), 1000, 800, 1)
+    assert one["memory_bytes"] - spilled["memory_bytes"] == 50 * 4 * 800
+    half = probes.needs(config.override(settings, ["upload.residual_values=bf16"]), 1000, 800, 1)
+    assert one["memory_bytes"] - half["memory_bytes"] == 50 * 2 * 800
+    at_once = probes.needs(config.override(settings, ["clients_at_once=3"]), 1000, 800, 1)
+    assert at_once["memory_bytes"] > one["memory_bytes"]
+    assert probes.needs(config.override(settings, ["clients_at_once=3"]), 1000, 800, 50) == many
     assert probes.needs(config.parse("", ["upload.residual=drop"]), 1000, 800, 1)["disk_bytes"] == 5 * 4100

@@ -1,14 +1,18 @@
 """Evaluation: ranks of the right class by brute force, the same bits however it is shared out."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from alone import Alone
 from torch import Tensor, nn
 
-from feddip_mpi import evaluate
+from feddip_mpi import config, evaluate, reevaluate, session
+from feddip_mpi.errors import InputError
 from feddip_mpi.local import DeviceData
+from feddip_mpi.settings import Config
 from feddip_mpi.vector import BoundModel, Layout
 
 
@@ -115,3 +119,36 @@ def test_the_given_weights_are_scored_in_eval_mode_without_autograd() -> None:
     part = evaluate.score(model, better, split([2, 1, 0, 2]), 2)
     assert part.correct.tolist() == [3] * 4
     assert model.model.calls == [(False, False)] * 2
+
+
+def test_an_evaluation_asks_for_nothing_that_training_alone_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is float32, one model after another, and sends no values: a laptop may evaluate what a GPU node has trained."""
+    trained = config.parse("", ["precision=tf32", "clients_at_once=4", "upload.entropy=zstd"])
+    built: list[Config] = []
+
+    def build(settings: Config, *_: object) -> None:
+        built.append(settings)
+        raise InputError("far enough")
+
+    def missing() -> None:
+        raise InputError("zstandard is not installed")
+
+    monkeypatch.setattr(reevaluate.checkpoint, "find", lambda path: (SimpleNamespace(config=trained), []))
+    monkeypatch.setattr(session.entropy, "require", missing)
+    monkeypatch.setattr(session.federation, "build", build)
+    with pytest.raises(InputError, match="far enough"):
+        reevaluate.evaluate(Alone(), "run", ["eval.batch_size=10"])
+    assert (built[0].precision, built[0].clients_at_once, built[0].eval.batch_size) == ("fp32", 1, 10)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_an_evaluation_is_float32_and_leaves_training_as_it_was(kind: str) -> None:
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    try:
+        products.allow_tf32 = convolutions.allow_tf32 = True
+        with evaluate._without_tf32(torch.device(kind)):
+            assert products.allow_tf32 == convolutions.allow_tf32 == (kind == "cpu")
+        assert products.allow_tf32 and convolutions.allow_tf32
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before

@@ -47,6 +47,12 @@ def build(model: str, **values: Any) -> Federation:
     return federation.build(config.validate({**settings, **values}), OneRank(), torch.device("cpu"))
 
 
+def test_more_weights_than_places_can_name_are_refused_before_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation.indices, "MAX_SIZE", 1000)
+    with pytest.raises(InputError, match=r"model\.name: lenet5 has \d+ prunable weights; allowed: up to 1000"):
+        build("lenet5")
+
+
 class Peer(OneRank):
     """Rank 5 of 7, the second rank of its node; the other ranks have the data that `found` says."""
 

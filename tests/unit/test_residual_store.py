@@ -111,6 +111,19 @@ def test_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         store[0] = residual(0)
 
 
+def test_a_file_that_cannot_be_read_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an OSError: whoever writes a checkpoint would take that for the checkpoint's."""
+
+    def lost(*_: object) -> int:
+        raise OSError(116, "Stale file handle")
+
+    store = ResidualStore(0)
+    store[0] = residual(0)
+    monkeypatch.setattr(os, "preadv", lost)
+    with pytest.raises(FeddipError, match=r"cannot be read \(Stale file handle\); resume"):
+        store[0].values.sum()
+
+
 def test_the_configuration_chooses_budget_folder_and_width(tmp_path: Path) -> None:
     chosen = UploadConfig(residual_memory=0, residual_folder=str(tmp_path), residual_values="bf16")
     store = ResidualStore.of(chosen)

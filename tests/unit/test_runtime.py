@@ -29,6 +29,7 @@ STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_L
         ("sbatch script, no launcher", 1, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}),
         ("salloc shell, no launcher", 1, {"SLURM_NPROCS": "4", "SLURM_JOB_ID": "7"}),
         ("srun -n 1", 1, {**STEP, "SLURM_NTASKS": "1"}),
+        ("the shell of salloc -n 4 in a step of its own", 1, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}),
         ("srun --mpi=pmix, Open MPI", 4, {**STEP, "PMIX_RANK": "2"}),
         ("srun --mpi=pmi2, MPICH", 4, {**STEP, "PMI_RANK": "2", "PMI_SIZE": "4"}),
         ("mpirun -n 1 on nodes of a larger job", 1, {**STEP, "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}),
@@ -208,6 +209,27 @@ def test_a_processor_is_named_with_its_vectors_and_asked_for_bf16(
     monkeypatch.setattr(runtime, "_cpu_info", lambda: told)
     assert runtime.hardware()["processor"] == processor
     assert runtime.lacks_bf16() == lacks
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_batch_system_s_limit_is_the_memory_that_is_free(tmp_path: Path, version: int) -> None:
+    """The job's group has the limit, the step's below it has none; file pages can be given back."""
+    top = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    limit, used = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    )
+    (tmp_path / "proc/self").mkdir(parents=True)
+    line = "4:cpu,memory:/slurm/job/step" if version == 1 else "0::/slurm/job/step"
+    (tmp_path / "proc/self/cgroup").write_text(f"1:name=systemd:/\n{line}\n")
+    for place, most in (("slurm", 9000), ("slurm/job", 5000), ("slurm/job/step", 2**63 if version == 1 else "max")):
+        folder = top / place
+        folder.mkdir(parents=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("3000\n")
+        (folder / "memory.stat").write_text("anon 2500\ninactive_file 400\n")
+    assert min(runtime._rooms_of_groups(tmp_path)) == 5000 - 3000 + 400
+    assert min(runtime._rooms_of_groups(tmp_path / "none")) == 1 << 62
+    assert 0 < runtime.process()["memory_available_bytes"] <= runtime.process()["memory_bytes"]
 
 
 def test_the_launcher_s_rank_before_mpi_starts() -> None:

@@ -35,6 +35,9 @@ class Together(Alone):
     def gather(self, row: np.ndarray) -> np.ndarray:
         return np.stack(self._all(np.array(row)))
 
+    def total(self, values: np.ndarray) -> np.ndarray:
+        return np.sum(self._all(np.array(values)), axis=0, dtype=values.dtype)
+
     def require_same(self, what: str, value: Any) -> None:
         assert len({repr(each) for each in self._all(value)}) == 1, what
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from feddip_mpi import collectives, runtime
 from feddip_mpi.collectives import Communicator
@@ -39,6 +40,23 @@ def check_gather(comm: Communicator) -> None:
     assert bits.dtype == np.uint8 and bits.tolist() == [[r, 255] for r in range(comm.size)]
     # A transposed row is not contiguous.
     assert np.array_equal(comm.gather(row.T)[comm.rank], row.T)
+
+
+def check_total(comm: Communicator) -> None:
+    own = np.zeros((3 * comm.size, 2))
+    own[comm.rank :: comm.size] = 0.1 + comm.rank
+    before = comm.sent["control"], comm.received["control"]
+    got = comm.total(own)
+    assert comm.sent["control"] - before[0] == own.nbytes
+    assert comm.received["control"] - before[1] == (own.nbytes if comm.size > 1 else 0)
+    assert np.array_equal(got, np.array([[0.1 + r % comm.size] * 2 for r in range(3 * comm.size)]))
+    assert np.array_equal(comm.total(own.T), got.T)  # not contiguous
+    bits = np.zeros(comm.size, np.uint8)
+    bits[comm.rank] = 3
+    assert comm.total(bits).dtype == np.uint8 and comm.total(bits).tolist() == [3] * comm.size
+    assert comm.total(np.zeros((0, 8))).shape == (0, 8)
+    with pytest.raises(TypeError, match="not float32"):
+        comm.total(np.zeros(1, np.float32))
 
 
 def check_any(comm: Communicator) -> None:

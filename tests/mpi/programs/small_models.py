@@ -8,6 +8,7 @@ FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training 
     decode  reading a frame raises PeerError
     begin   (rank and call count as for decode) beginning a checkpoint raises OSError
     save    (likewise) finishing a checkpoint, behind training, raises OSError
+    finish  writing finished.json raises OSError (whatever CALL is)
 FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
 """
 
@@ -17,6 +18,7 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +113,9 @@ class Fragile(nn.Module):
             draft, name = checkpoint.hdf5.Draft, "finish" if self.kind == "save" else "__init__"
             setattr(draft, name, _failing(getattr(draft, name), self.call, OSError(28, "No space left on device")))
 
+        if self.kind == "finish":
+            checkpoint.hdf5.write_text = _refusing(checkpoint.hdf5.write_text, "finished.json")
+
     def forward(self, images: Tensor) -> Tensor:
         logits = self.second(torch.relu(self.first(images.flatten(1))))
         if not self.training:
@@ -149,6 +154,15 @@ def one_pixel_each(config: DataConfig, seed: int) -> Dataset:
     dataset = synthetic.generate(config.synthetic, seed)
     dataset.test_images[-1, -1, -1, -1] = int(_own_rank())
     return dataset
+
+
+def _refusing(write: Any, name: str) -> Any:
+    def wrapped(path: Path, text: str) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    return wrapped
 
 
 def _failing(function: Any, call: int, error: Exception) -> Any:

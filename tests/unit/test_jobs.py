@@ -1,0 +1,62 @@
+"""What the batch scripts share, without a scheduler; tests/cluster runs them on one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = """trap 'exit 75' USR1; while :; do sleep 0.05; done"""
+
+
+def bash(script: str) -> subprocess.CompletedProcess[str]:
+    """Its output; half a minute at most, after which nothing of it is left."""
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        told, complaints = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(script, process.returncode, told, complaints)
+
+
+@pytest.mark.parametrize("rounds", [1, 50_000])
+def test_a_signal_reaches_the_launcher_however_long_the_log_is(tmp_path: Path, rounds: int) -> None:
+    """2 MB of rounds: whoever looks for the first one stops reading there."""
+    (tmp_path / "run.log").write_text("2026-01-01 00:00:00 INFO round 1, all is well\n" * rounds)
+    script = f"""RUN={tmp_path}
+        source jobs/lib.sh
+        (sleep 1; kill -USR1 $$) &
+        wait_for bash -c '{LAUNCHER.replace("'", '"')}'
+        echo "code $CODE after $STOP"
+    """
+    done = bash(script)
+    assert "code 75 after USR1" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_signal_before_the_first_round_waits_for_it(tmp_path: Path) -> None:
+    """A rank that still imports its modules would be killed by it; what earlier starts have logged is no round of this one."""
+    log = tmp_path / "run.log"
+    log.write_text("2026-01-01 00:00:00 INFO round 1, of an earlier start\n")
+    script = f"""RUN={tmp_path}
+        source jobs/lib.sh
+        LOG_BYTES=$(wc -c <"$RUN/run.log")
+        (sleep 0.5; kill -USR1 $$; sleep 1; echo "INFO: no round yet" >>{log}; touch {tmp_path}/later
+         echo "2026-01-01 00:00:01 INFO round 2, of this one" >>{log}) &
+        wait_for bash -c 'trap "[[ -e {tmp_path}/later ]] && exit 75; exit 1" USR1; while :; do sleep 0.05; done'
+        echo "code $CODE"
+    """
+    done = bash(script)
+    assert "code 75" in done.stdout, done.stdout + done.stderr
