@@ -146,7 +146,7 @@ def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None
     launched, variable = launched_ranks(environment)
     if size > 1 or launched <= 1:
         return
-    if variable == "SLURM_NTASKS":
+    if variable.startswith("SLURM_"):
         raise InputError(
             f"srun started {launched} tasks, but MPI sees 1 rank: the PMI of srun does not fit this MPI library; use "
             "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH), or mpirun inside the allocation"
