@@ -66,7 +66,7 @@ setup(
             "mypy>=1.10",
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.7",
             "ruff>=0.5",
             "types-psutil",
             "types-PyYAML",

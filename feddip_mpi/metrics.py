@@ -295,6 +295,13 @@ def read(path: Path) -> list[Record]:
     return out
 
 
+def bytes_besides(record: Mapping[str, Any]) -> int:
+    """What went up besides updates. Records of older versions have it within the kinds of the update: then 0 is left."""
+    kinds = ("values", "indices", "other", "frame")
+    own = sum(int(record.get(f"upload_{kind}_bytes") or 0) for kind in kinds)
+    return int(record.get("upload_extra_bytes") or 0) if own < int(record.get("upload_bytes") or 0) else 0
+
+
 def misfits(record: Mapping[str, Any]) -> list[str]:
     """Names of a record that has been read whose value is not what this program writes: null, or finite and of its kind."""
 

@@ -64,6 +64,8 @@ class RunFolder:
             lock = Lock(self)
             self.require_free()  # another job may have had the lock meanwhile
             self.checkpoints.mkdir(exist_ok=True)
+            for draft in self._drafts():
+                draft.unlink()
             hdf5.write_text(self.config, config.to_yaml(settings))
         except OSError as error:
             raise InputError(
@@ -71,11 +73,15 @@ class RunFolder:
             ) from None
         return lock
 
+    def _drafts(self) -> list[Path]:
+        """What a configuration is written to before it has its name."""
+        return list(self.path.glob(f".{self.config.name}.tmp-*"))
+
     def is_unused(self) -> bool:
         """Whether there is nothing: no folder, or one with no more than what `create` makes before the configuration."""
         if not self.path.is_dir():
             return not self.path.exists()
-        inside = set(self.path.iterdir()) - {self.lock_file}
+        inside = set(self.path.iterdir()) - {self.lock_file, *self._drafts()}
         return not inside or (inside == {self.checkpoints} and not any(self.checkpoints.iterdir()))
 
     def require_free(self) -> None:

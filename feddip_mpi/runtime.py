@@ -514,7 +514,9 @@ def _rooms_of_groups(root: Path = Path("/")) -> list[int]:
                 with contextlib.suppress(OSError, ValueError):  # no limit is the word max
                     statistics = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
                     free = int((folder / limit).read_text()) - int((folder / used).read_text())
-                    rooms.append(max(0, free + int(statistics.get("inactive_file", 0))))
+                    # The groups below are part of what is used; version 1 has another name for what they could give back.
+                    pages = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
+                    rooms.append(max(0, free + int(pages)))
     return rooms
 
 

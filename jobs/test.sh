@@ -69,6 +69,6 @@ export FEDDIP_MPIRUN=$MPIRUN
 
 # Most of the time goes into starting ranks one after another: two files at a time, in the order in which they are collected.
 if (($# == 0 && $(env -u OMP_NUM_THREADS nproc) > 1)); then
-    set -- -n 2 --dist loadgroup --no-loadscope-reorder
+    set -- -n 2 --no-loadscope-reorder
 fi
 exec python -m pytest "$@"

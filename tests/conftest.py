@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        part, *_, file = item.path.relative_to(HERE).parts
-        # Hosts and their Slurm have addresses, of which this machine has one set.
-        group = part if part == "cluster" else f"{part}/{file}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    class Files(LoadScopeScheduling):
+        """In the order in which they are collected; hosts and their Slurm have addresses, of which there is one set."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return "cluster" if path.startswith("tests/cluster/") else path
+
+    return Files(config, log)

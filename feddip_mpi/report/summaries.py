@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from feddip_mpi import config
-from feddip_mpi.report.runs import Hardware, Run, identity
+from feddip_mpi import config, metrics
+from feddip_mpi.report.runs import Hardware, Row, Run, identity
 from feddip_mpi.settings import Config
 
 # Disjoint.
@@ -321,10 +321,11 @@ def layers(group: Group) -> dict[str, np.ndarray]:
 
 def totals(group: Group, names: Sequence[str]) -> dict[str, float]:
     """The sum over the rounds of each name, mean over the seeds; what was not measured counts as nothing."""
-    return {
-        name: Spread.of(sum(float(row.get(name) or 0) for row in run.records) for run in group.runs).mean
-        for name in names
-    }
+
+    def of(row: Row, name: str) -> float:
+        return float(metrics.bytes_besides(row) if name == "upload_extra_bytes" else row.get(name) or 0)
+
+    return {name: Spread.of(sum(of(row, name) for row in run.records) for run in group.runs).mean for name in names}
 
 
 def phase_seconds(group: Group) -> dict[str, float]:

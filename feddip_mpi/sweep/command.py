@@ -209,9 +209,6 @@ def _try(cell: Cell, commands: runner.Commands) -> Pace | None:
         records = states.records(RunFolder(Path(place) / "trial"))
         if records:
             overhead = max(0.0, whole - records[0]["round_seconds"])
-            pace = estimate.pace_of(records, "a trial of one round with one client and one epoch", overhead)
-            return pace and estimate.beside_each_other(
-                pace, cell.config.participants, int(records[0].get("ranks") or 1)
-            )
+            return estimate.pace_of(records, "a trial of one round with one client and one epoch", overhead)
         terminal.note(f"the trial of {cell.name} failed: {own.error_of(tried)}")
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ class Pace:
     """What one kind of cell takes.
 
     Attributes:
-        sample_seconds: of training, for one image once.
+        sample_seconds: of training, for one image once, on one rank.
         evaluation_seconds: of one evaluation.
         other_seconds: of a round besides.
         start_seconds: before the first round.
         source: where this is from.
+        ranks: of the run, which train at the same time.
     """
 
     sample_seconds: float
@@ -36,6 +37,7 @@ class Pace:
     other_seconds: float
     start_seconds: float
     source: str
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,22 @@ def pace_of(records: Sequence[Row], source: str, start_seconds: float = 0.0) -> 
     evaluations = sum(row.get("test_accuracy") is not None for row in records)
     others = [max(0.0, row["round_seconds"] - row["train_seconds"] - row["evaluate_seconds"]) for row in records]
     return Pace(
-        statistics.median(row["train_seconds"] / max(1, row["samples"]) for row in records),
+        statistics.median(row["train_seconds"] / max(1, row["samples"]) / _share(row) for row in records),
         sum(_evaluation(row) for row in records) / evaluations if evaluations else 0.0,
         statistics.median(others),
         start_seconds,
         source,
+        int(records[-1].get("ranks") or 1),
     )
 
 
-def beside_each_other(pace: Pace, participants: int, ranks: int) -> Pace:
-    """The pace of several participants on several ranks, from that of one alone: ranks train theirs at the same time."""
-    turns = -(-participants // ranks)
-    return replace(pace, sample_seconds=pace.sample_seconds * turns / participants)
+def _share(row: Row) -> float:
+    return busiest_share(len(row.get("participants") or [0]), int(row.get("ranks") or 1))
+
+
+def busiest_share(participants: int, ranks: int) -> float:
+    """Of a round's images those that the busiest rank trains: ranks train their clients at the same time."""
+    return -(-participants // ranks) / participants
 
 
 def _evaluation(row: Row) -> float:
@@ -102,6 +108,7 @@ def _mean(paces: Sequence[Pace]) -> Pace:
         statistics.fmean(pace.other_seconds for pace in paces),
         statistics.fmean(pace.start_seconds for pace in paces),
         f"rounds of {len(paces)} cell{'s' * (len(paces) > 1)} of this sweep",
+        max(pace.ranks for pace in paces),
     )
 
 
@@ -109,6 +116,7 @@ def seconds_left(config: Config, pace: Pace, images: int, done: int) -> float:
     """Of a cell with `done` finished rounds, on a training set of so many `images`."""
     rounds = config.rounds - done
     samples = images / config.clients * config.participants * config.local_epochs
+    samples *= busiest_share(config.participants, pace.ranks)
     evaluations = -(-rounds // config.eval.every)
     return (
         pace.start_seconds

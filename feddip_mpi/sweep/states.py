@@ -38,11 +38,11 @@ def look(cell: Cell, out: Path) -> State:
     """The state of a cell whose folder is `out`/name."""
     folder = RunFolder(out / cell.name)
     try:
-        if folder.is_unused():
-            # A run that is just being made, or whose making was cut off: the next one takes it over.
-            maker = run_folder.holder(folder)
-            return State(NEW) if maker is None else State(BUSY, 0, f"another job is at work there ({maker})")
         known = folder.config.is_file()
+        if not known and (maker := run_folder.holder(folder)) is not None:  # it is just being made
+            return State(BUSY, 0, f"another job is at work there ({maker})")
+        if folder.is_unused():  # or its making was cut off: the next one takes it over
+            return State(NEW)
     except OSError as error:
         return State(REFUSED, remark=f"the folder cannot be looked into ({error})")
     if not known:

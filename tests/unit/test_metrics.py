@@ -190,3 +190,17 @@ def test_tensorboard_has_every_step_once_also_after_a_resume(tmp_path: Path) -> 
     assert [(e.step, e.value) for e in found.Scalars("train_loss")] == [(r, float(r)) for r in range(1, 7)]
     assert set(found.Tags()["scalars"]) == set(metrics.scalars(rows(1)[0]))
     assert [row["round"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "extra", "total", "besides"),
+    [((70, 0, 20, 10), 50, 150, 50), ((100, 5, 20, 25), 50, 150, 0), ((90, 0, 0, 10), 0, 100, 0)],
+)
+def test_what_went_up_besides_updates_is_counted_once(
+    kinds: tuple[int, ...], extra: int, total: int, besides: int
+) -> None:
+    """The second is a record of an older version: its four kinds hold all of it."""
+    names = [f"upload_{kind}_bytes" for kind in ("values", "indices", "other", "frame")]
+    record = {**dict(zip(names, kinds, strict=True)), "upload_extra_bytes": extra, "upload_bytes": total}
+    assert metrics.bytes_besides(record) == besides
+    assert sum(kinds) + besides == total

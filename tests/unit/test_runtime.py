@@ -226,7 +226,8 @@ def test_a_batch_system_s_limit_is_the_memory_that_is_free(tmp_path: Path, versi
         folder.mkdir(parents=True)
         (folder / limit).write_text(f"{most}\n")
         (folder / used).write_text("3000\n")
-        (folder / "memory.stat").write_text("anon 2500\ninactive_file 400\n")
+        pages = "inactive_file 0\ntotal_inactive_file 400\n" if version == 1 else "inactive_file 400\n"
+        (folder / "memory.stat").write_text(f"anon 2500\n{pages}")
     assert min(runtime._rooms_of_groups(tmp_path)) == 5000 - 3000 + 400
     assert min(runtime._rooms_of_groups(tmp_path / "none")) == 1 << 62
     assert 0 < runtime.process()["memory_available_bytes"] <= runtime.process()["memory_bytes"]

@@ -178,10 +178,12 @@ def test_a_folder_that_is_being_made_is_busy_and_one_half_made_is_begun(tmp_path
     assert states.look(cell, tmp_path).kind == states.BUSY
     with pytest.raises(InputError, match="another job is at work"):
         folder.create(cell.config)
+    (folder.path / ".config.yaml.tmp-77").write_text("rounds: ")
+    assert states.look(cell, tmp_path).kind == states.BUSY
     lock.release()  # its maker died
     assert states.look(cell, tmp_path) == State(states.NEW)
     folder.create(cell.config).release()
-    assert states.look(cell, tmp_path).kind == states.UNFINISHED
+    assert states.look(cell, tmp_path).kind == states.UNFINISHED and not list(folder.path.glob(".config*"))
     with pytest.raises(InputError, match="holds files already"):
         folder.create(cell.config)
 
@@ -260,10 +262,18 @@ def test_estimate_from_cells_of_the_sweep(tmp_path: Path) -> None:
     assert result.bytes_are == "as finished cells"
 
 
-def test_a_trial_of_one_client_stands_for_ranks_that_train_side_by_side() -> None:
-    pace = estimate.Pace(0.01, 1.0, 1.0, 0.0, "")
-    for participants, ranks, expected in ((4, 4, 0.0025), (5, 2, 0.006), (5, 1, 0.01), (2, 8, 0.005)):
-        assert estimate.beside_each_other(pace, participants, ranks).sample_seconds == pytest.approx(expected)
+def test_ranks_train_their_clients_at_the_same_time() -> None:
+    """A pace is one rank's, whether a trial of one client or a whole round on several ranks has shown it."""
+    row = {"evaluate_seconds": 0.0, "round_seconds": 9.0, "samples": 800, "ranks": 4, "test_accuracy": None}
+    trial = estimate.pace_of([{**row, "train_seconds": 8.0, "participants": [3]}], "")
+    whole = estimate.pace_of([{**row, "train_seconds": 2.0, "participants": list(range(8))}], "")
+    assert trial is not None and whole is not None
+    assert trial.sample_seconds == whole.sample_seconds == pytest.approx(0.01) and trial.ranks == 4
+    for participants, busiest in ((8, 2), (5, 2), (3, 1), (1, 1)):
+        keys = f"{{rounds: 1, clients: 8, participants: {participants}, local_epochs: 1}}"
+        (cell,) = cells("grid: {seed: [1]}", f"set: {keys}")
+        # 80 images of 8 clients: 10 a client, 0.01 s each on the busiest rank, 1 s besides.
+        assert estimate.seconds_left(cell.config, trial, 80, 0) == pytest.approx(busiest * 10 * 0.01 + 1)
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "3", '{"round": 1, "train_seconds": "long"}', "[" * 100_000])
