@@ -348,11 +348,16 @@ class StopFlag:
         self.name = signal.Signals(number).name
 
 
+# A watchdog that looks so many seconds late has been suspended with its process.
+_LATE = 5.0
+
+
 class Watchdog:
     """Ends the job when this rank has made no progress for too long: a hang costs the whole allocation, silently.
 
     A rank that is stuck in work of its own ends the job first and is named with its phase and its stacks; ranks that
-    wait for others give them a quarter of the time more, so that the culprit can speak.
+    wait for others give them a quarter of the time more, so that the culprit can speak. Time in which the whole process
+    did not run, as a batch system may suspend a job for another one, is no hang.
     """
 
     WAITING = ("wait", "exchange", "plan", "evaluate", "commit", "checkpoint", "recover")
@@ -379,10 +384,20 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self, seconds: float) -> None:
-        while not self._closed.wait(min(1.0, seconds / 10)):
+        pause = min(1.0, seconds / 10)
+        looked = awake = time.monotonic()
+        while not self._closed.wait(pause):
+            now = time.monotonic()
+            if now - looked > pause + _LATE:
+                awake = now
+                log.warning(
+                    "this process has not run for %d s (a job that was suspended?): the watchdog begins anew",
+                    now - looked,
+                )
+            looked = now
             phase, round, since = self._entered
             waits = phase in self.WAITING
-            if time.monotonic() - since > seconds * (1.25 if waits else 1.0):
+            if now - max(since, awake) > seconds * (1.25 if waits else 1.0):
                 what = "waits for another rank" if waits else "is stuck"
                 _last_words(
                     f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in phase {phase!r} of round "

@@ -101,8 +101,8 @@ class Commands:
             lines = self.log_of(cell.name).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return ""
-        said = [line.strip() for line in lines if line.strip()]
-        complaints = [line for line in said if line.startswith("error:")]
+        said = [line.strip() for line in lines if any(letter.isalnum() for letter in line)]  # launchers draw lines
+        complaints = [line for line in said if line.startswith(("error:", "watchdog:", "deadline:"))]
         return (complaints or said or [""])[-1]
 
     def can_save(self, cell: Cell, since: float) -> bool:

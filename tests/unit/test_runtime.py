@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -374,3 +375,33 @@ thread = threading.Thread(target=work); thread.start(); thread.join()
 def test_the_arena_is_left_alone_where_the_environment_says_something_else() -> None:
     for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
         assert not runtime.share_one_arena({name: "1"})
+
+
+WATCHED = """
+import os, time
+from feddip_mpi import runtime
+runtime._LATE = 0.5
+dog = runtime.Watchdog(2.0, 0, os._exit)
+dog.enter("train", 0)
+print("watched", flush=True)
+time.sleep(1)
+dog.enter("train", 1)
+time.sleep({hang})
+dog.close()
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("hang", "code"), [(0.5, 0), (30, 1)])
+def test_a_job_that_was_suspended_is_no_hang(hang: float, code: int) -> None:
+    """Batch systems suspend jobs for others (Slurm: PreemptMode=SUSPEND); what hangs afterwards is still found."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED.format(hang=hang)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "watched\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    told, complaints = process.communicate(timeout=60)
+    assert process.returncode == code, complaints
+    assert ("watchdog: rank 0 is stuck" in complaints) == bool(code) and ("ended" in told) == (not code)

@@ -487,6 +487,23 @@ def test_a_cell_that_cannot_be_started_does_not_stop_the_rest(tmp_path: Path) ->
     assert [o.error for o in outcomes if o.error] == ["cannot be started ([Errno 28] No space left on device)"]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("error: no data\n-------\nprterun ended\n-------\n", "error: no data"),
+        ("watchdog: rank 1 is stuck\nThread 0x1:\n  File x\n------\nSorry!\n------\n", "watchdog: rank 1 is stuck"),
+        ("Killed by signal 9\n--------\n", "Killed by signal 9"),
+        ("", ""),
+    ],
+)
+def test_the_line_of_a_log_that_says_why(tmp_path: Path, text: str, said: str) -> None:
+    (cell,) = cells("grid: {seed: [1]}")
+    commands = runner.Commands(tmp_path)
+    commands.log_of(cell.name).parent.mkdir()
+    commands.log_of(cell.name).write_text(text)
+    assert commands.error_of(cell) == said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_trial_that_is_interrupted_leaves_nothing(tmp_path: Path, number: int) -> None:
     """Its command is in a session of its own, which no signal to the sweep reaches."""
