@@ -17,6 +17,7 @@ from feddip_mpi import hdf5
 from feddip_mpi.errors import InputError
 
 Record = dict[str, Any]
+KINDS_OF_BYTES = ("values", "indices", "other", "frame")  # of an update
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,7 @@ def read(path: Path) -> list[Record]:
 
 def bytes_besides(record: Mapping[str, Any]) -> int:
     """What went up besides updates. Records of older versions have it within the kinds of the update: then 0 is left."""
-    kinds = ("values", "indices", "other", "frame")
-    own = sum(int(record.get(f"upload_{kind}_bytes") or 0) for kind in kinds)
+    own = sum(int(record.get(f"upload_{kind}_bytes") or 0) for kind in KINDS_OF_BYTES)
     return int(record.get("upload_extra_bytes") or 0) if own < int(record.get("upload_bytes") or 0) else 0
 
 

@@ -21,13 +21,12 @@ from feddip_mpi.schedules import RoundPlan
 from feddip_mpi.server import Server, StepReport
 from feddip_mpi.vector import Layout
 
-KINDS_OF_BYTES = ("values", "indices", "other", "frame")
 _PHASES = ("train", "encode", "wait", "exchange", "decode", "server", "evaluate", "evaluate_waiting", "transfer")
 _TRAFFIC = ("update", "residual", "control")
 # What is added up over the ranks, in the order in which `merged` gathers it behind the seconds.
 _SUMMED = (
     "wire_bytes", "residual_bytes", "control_bytes", "received_bytes", "host_memory_bytes", "device_memory_bytes",
-    *(f"download_{kind}_bytes" for kind in KINDS_OF_BYTES),
+    *(f"download_{kind}_bytes" for kind in metrics.KINDS_OF_BYTES),
 )  # fmt: skip
 
 
@@ -49,7 +48,7 @@ class Work:
     @classmethod
     def nothing(cls, participants: int, held: ResidualStore) -> Work:
         """Before any participant has trained."""
-        return cls(np.zeros((participants, 4 + len(KINDS_OF_BYTES))), held)
+        return cls(np.zeros((participants, 4 + len(metrics.KINDS_OF_BYTES))), held)
 
 
 @dataclass
@@ -112,7 +111,7 @@ def merged(
 ) -> metrics.Record:
     """Merge all ranks' measurements into the round's record (names and units: metrics.FIELDS)."""
     comm, layout, opened = federation.comm, federation.layout, told.opened
-    handed_on = [getattr(told.download, kind) for kind in KINDS_OF_BYTES]
+    handed_on = [getattr(told.download, kind) for kind in metrics.KINDS_OF_BYTES]
     if opened is not None:
         if comm.rank == 0:
             work.numbers[0, -1] += opened.uploaded
@@ -123,7 +122,7 @@ def merged(
     sums = [int(x) for x in measured[:, len(meter.seconds) :].sum(axis=0)]
     # Every slot is filled by one rank and zero elsewhere, and bytes are whole.
     loss, samples, squared, *uploaded, extra = comm.total(work.numbers).T
-    upload = dict(zip(KINDS_OF_BYTES, (int(column.sum()) for column in uploaded), strict=True))
+    upload = dict(zip(metrics.KINDS_OF_BYTES, (int(column.sum()) for column in uploaded), strict=True))
     record = {
         **_planned(plan, comm.size),
         **_of_the_server(layout, srv, step),

@@ -420,7 +420,7 @@ def _encode(
     if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
         raise NumericalError(_diverged(plan, client, rank, f"residual norm {squared**0.5}"))
     work.numbers[plan.participants.index(client), :-1] = (
-        result.loss, result.samples, squared, *(getattr(sent, kind) for kind in records.KINDS_OF_BYTES)
+        result.loss, result.samples, squared, *(getattr(sent, kind) for kind in metrics.KINDS_OF_BYTES)
     )  # fmt: skip
     work.extras[client] = result.extras
 

@@ -162,6 +162,14 @@ def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environment
 
 
+def launcher_words(launcher: str) -> list[str]:
+    """A `--launcher` as words. Raises InputError where a shell could not read it."""
+    try:
+        return shlex.split(launcher)
+    except ValueError as error:
+        raise InputError(f"--launcher {launcher!r}: {error}; quote it as a shell would want it") from None
+
+
 def default_launcher(crowded: bool, environment: Mapping[str, str] = os.environ) -> str:
     """The command that starts {ranks} ranks here: srun in an allocation, else the mpirun of this Python or of PATH.
 

@@ -157,10 +157,7 @@ def prepare(config_path: str, overrides: Sequence[str], settings: Settings, out:
         )
     if settings.launcher and "{ranks}" not in settings.launcher:
         raise InputError(f"--launcher {settings.launcher!r}: must say {{ranks}} where the number of ranks belongs")
-    try:
-        shlex.split(settings.launcher)
-    except ValueError as error:
-        raise InputError(f"--launcher {settings.launcher!r}: {error}; quote it as a shell would want it") from None
+    runtime.launcher_words(settings.launcher)
     loaded = config.override(config.load(config_path, overrides), [f"rounds={settings.rounds}"])
     for kind in settings.kinds:
         needed = settings.participants(kind, settings.ranks[-1], loaded)
@@ -282,7 +279,7 @@ def _command(launcher: str, settings: Settings, base: Config, cell: Cell, folder
     else:
         participants = settings.participants(cell.kind, cell.ranks, base)
         what = ["train", str(folder / "config.yaml"), "--set", f"participants={participants}", "--out", str(where)]
-    return [*shlex.split(launcher.replace("{ranks}", str(cell.ranks))), *program, *what]
+    return [*runtime.launcher_words(launcher.replace("{ranks}", str(cell.ranks))), *program, *what]
 
 
 def _launch(command: Sequence[str], log: Path, ours: bool, threads: int) -> int:

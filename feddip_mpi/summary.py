@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from feddip_mpi import metrics, records, runtime
+from feddip_mpi import metrics, runtime
 from feddip_mpi.federation import Federation
 from feddip_mpi.metrics import Record
 
@@ -78,10 +78,10 @@ def summarise(
         "dense_bytes": dense,
         "exchange": built.config.exchange,
         "upload_bytes_by_kind": {
-            kind: sum(r[f"upload_{kind}_bytes"] for r in history) for kind in records.KINDS_OF_BYTES
+            kind: sum(r[f"upload_{kind}_bytes"] for r in history) for kind in metrics.KINDS_OF_BYTES
         },
         "upload_extra_bytes": sum(metrics.bytes_besides(r) for r in history),
-        "download_bytes": sum(r[f"download_{kind}_bytes"] or 0 for r in history for kind in records.KINDS_OF_BYTES),
+        "download_bytes": sum(r[f"download_{kind}_bytes"] or 0 for r in history for kind in metrics.KINDS_OF_BYTES),
         "wire_bytes": sum(r["wire_bytes"] for r in history),
         "received_bytes": sum(r["received_bytes"] for r in history),
         "seconds": sum(r["round_seconds"] for r in history),

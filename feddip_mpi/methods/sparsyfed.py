@@ -153,9 +153,8 @@ def prune_activations(layer: nn.Module) -> None:
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         given = inputs[0]
-        if torch.is_autocast_enabled(
-            given.device.type
-        ):  # what autograd saves is then the reduced copy: made here, it is known
+        # Under autocast autograd saves a reduced copy of the input; made here, it is known.
+        if torch.is_autocast_enabled(given.device.type):
             given = given.to(torch.get_autocast_dtype(given.device.type))
         weight: Tensor = module.weight  # type: ignore[assignment]
 

@@ -22,18 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _KIND_COLOURS = (
-    BLUE,
-    "#E69F00",
-    GREEN,
-    GREY,
-    "#56B4E9",
-    "#F0E442",
-    "#8FD3BC",
-    "#BBBBBB",
-    "#CC79A7",
-    VERMILION,
-    "#6A3D9A",
-)
+    BLUE, "#E69F00", GREEN, GREY, "#56B4E9", "#F0E442", "#8FD3BC", "#BBBBBB", "#CC79A7", VERMILION, "#6A3D9A",
+)  # fmt: skip
 _LEGEND_LAYERS = 10  # beyond, a legend would hide the lines
 Draw = Callable[[Sequence[Group], Look], Picture | None]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from feddip_mpi import config
+from feddip_mpi import config, runtime
 from feddip_mpi.errors import FeddipError, InputError, Stopped
 from feddip_mpi.report import terminal
 from feddip_mpi.run_folder import RunFolder
@@ -66,10 +65,7 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
 
 def _words(launcher: str, here: bool) -> list[str]:
     """The launcher as words. Raises InputError where it is none that can be started (if `here`), before a cell fails by it."""
-    try:
-        words = shlex.split(launcher)
-    except ValueError as error:
-        raise InputError(f"--launcher {launcher!r}: {error}; quote it as a shell would want it") from None
+    words = runtime.launcher_words(launcher)
     if words and here and shutil.which(words[0]) is None:
         raise InputError(f"--launcher {launcher!r}: no program {words[0]!r} on PATH; name one, or load its module")
     return words
