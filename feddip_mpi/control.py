@@ -51,7 +51,7 @@ def _mask(config: Config, history: Sequence[Record]) -> tuple[bool, bool]:
     while waited < len(history) and history[-1 - waited]["mask_delayed"]:
         waited += 1
     pending = waited > 0
-    due = pending or updates_mask(finished, config.mask.every, last)
+    due = pending or updates_mask(config, finished)
     may_wait = due and finished < last and waited < config.control.mask_delay
     return may_wait and not _recovered(config, history), pending and finished <= last
 

@@ -146,7 +146,7 @@ class LocalTrainer:
         """E epochs of DPF from the received weights.
 
         Args:
-            received: float32 [n], the pruned global model.
+            received: float32 [n], the global model (`Method.received`).
             mask: bool [P].
             samples: int64, the client's indices into the training images.
             learning_rate, penalty: eta_t, lambda_t.
@@ -163,6 +163,8 @@ class LocalTrainer:
         weights = active[: layout.parameters] if whole else self._weights.copy_(received[: layout.parameters])
         self._begin("dropout", round, client, alone)
         kept = mask.to(torch.float32)
+        if hook is None and not whole:
+            active[: layout.prunable].mul_(kept)  # `Method.received` may give more than the mask keeps
         loss_sum = torch.zeros((), device=active.device)
         if hook is not None:
             hook.begin(weights, kept, len(batches))

@@ -104,7 +104,7 @@ def initial_state(federation: Federation, life: Life | None = None) -> State:
     holders = initial_holders(config.clients, federation.comm.size)
     sums, opened = besides.opening(federation, holders, life or Life())
     weights, mask = method.begin(federation.initial, sums)
-    weights = server.pruned(weights, mask)
+    weights = method.received(Server.of(0, weights, mask))
     # With references (EF21) server and clients share what was sent instead of keeping what was not.
     reference = torch.zeros_like(weights[: layout.prunable]) if config.upload.residual == "ef21" else None
     return State(
@@ -289,7 +289,7 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     work, error = records.Work.nothing(len(plan.participants), held), None
     rules: Sequence[codec.Upload] = ()
     messages: list[list[codec.Message]] = []
-    received = server.pruned(state.server.weights, state.server.mask)
+    received = federation.method.received(state.server)
 
     def give_up() -> bool:
         comm.poll()  # who only computes would learn of a rank's death when it has finished

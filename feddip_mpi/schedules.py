@@ -20,9 +20,21 @@ def last_mask_update(rounds: int, freeze_after: float) -> int:
     return max(1, min(rounds, ceil(freeze_after * rounds - 1e-9)))
 
 
-def updates_mask(finished: int, every: int, last: int) -> bool:
+def updates_mask(config: Config, finished: int) -> bool:
     """Whether the round that brings the count to `finished` renews the mask."""
-    return finished == last or (finished < last and finished % every == 0)
+    last = last_mask_update(config.rounds, config.mask.freeze_after)
+    return finished == last or (finished < last and _counted(config, finished) % config.mask.every == 0)
+
+
+def sparsity_asked(config: Config, finished: int) -> float:
+    """s_t of a run after `finished` rounds; s_p from the last mask update on."""
+    last = last_mask_update(config.rounds, config.mask.freeze_after)
+    return sparsity(config.sparsity, finished if finished >= last else _counted(config, finished), last)
+
+
+def _counted(config: Config, finished: int) -> int:
+    """How many finished rounds the calendar of mask updates counts."""
+    return methods.named(config.method).counted(config, finished)
 
 
 def sparsity(schedule: SparsityConfig, finished: int, horizon: int) -> float:
@@ -51,7 +63,8 @@ def penalty(schedule: PenaltyConfig, t: int, rounds: int) -> float:
     if schedule.schedule == "linear":
         return maximum * t / max(1, rounds - 1)
     if schedule.schedule == "published":
-        segment = min(19, t // max(1, rounds // 20))
+        length = rounds // 20
+        segment = min(19, t // length) if length else 19  # the remainder, here all rounds, goes to the last one
         rise = (maximum - PUBLISHED_PENALTY) * (segment - 1) / 19
         return 0.0 if segment == 0 else PUBLISHED_PENALTY + rise
     return maximum if steps == 1 else maximum * (steps * t // rounds) / (steps - 1)
@@ -156,15 +169,14 @@ def plan_round(config: Config, t: int, overdue: bool = False, control: Control =
     """
     finished = t + 1
     last_round = finished == config.rounds
-    last_update = last_mask_update(config.rounds, config.mask.freeze_after)
-    due = updates_mask(finished, config.mask.every, last_update) or control.mask_due
+    due = updates_mask(config, finished) or control.mask_due
     update_mask = due and not control.mask_waits
     mode = config.upload.mode
     draft = RoundPlan(
         round=t,
         learning_rate=learning_rate(config, t),
         penalty=control.penalty_scale * penalty(config.penalty, t, config.rounds),
-        sparsity=sparsity(config.sparsity, finished, last_update),
+        sparsity=sparsity_asked(config, finished),
         update_mask=update_mask,
         regrow=control.regrow_scale * regrow(config, finished, update_mask) if mode == "masked" else 0.0,
         dense_upload=mode == "dense",

@@ -70,7 +70,7 @@ def summarise(
         "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
         "test_accuracy_spread_of_last_5": max(scored) - min(scored),
         "evaluations_in_mean": len(scored),  # fewer than 5 of a short run
-        "server_remembers": built.method.memory() == "on" and not bool(mask.all()),
+        "server_remembers": built.method.memory(last["round"] - 1) == "on" and not bool(mask.all()),
         "dense_memory_accuracy": memory_accuracy,
         "sparsity": last["sparsity"],
         "sparsity_by_layer": last["sparsity_by_layer"],

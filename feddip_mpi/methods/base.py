@@ -114,6 +114,11 @@ class Method:
         return replace(plan, sparsity=cls.first_sparsity(config), update_mask=False)
 
     @classmethod
+    def counted(cls, config: Config, finished: int) -> int:
+        """How many finished rounds the calendar of mask updates counts: `mask.every` and s_t go by it."""
+        return finished
+
+    @classmethod
     def first_sparsity(cls, config: Config) -> float:
         """Of the first mask, share of zeros."""
         if cls.masking == "scheduled":
@@ -213,8 +218,12 @@ class Method:
         """How updates travel; `upload`: as the plan says it."""
         return replace(upload, regrow=0) if cls.names_only else upload
 
-    def memory(self) -> str:
-        """What W is after a step: see `server.step`."""
+    def received(self, srv: Server) -> Tensor:
+        """What clients begin a round with, float32 [n]; not to be changed."""
+        return server.pruned(srv.weights, srv.mask)
+
+    def memory(self, round: int) -> str:
+        """What W is after the step of round t: see `server.step`."""
         return "off"
 
     def merge(self, seen: Seen) -> Tensor:
@@ -252,7 +261,7 @@ class Method:
                 _require(mask, torch.bool, srv.support.size, "mask of cut")
             return mask
 
-        after, report = server.step(srv, total, plan, self.memory(), merge, cut, self.select)
+        after, report = server.step(srv, total, plan, self.memory(plan.round), merge, cut, self.select)
         return after, report, checked_memories(self.remember(seen[0], after.mask))
 
     def facts(self, mask: Tensor) -> dict[str, object]:

@@ -12,5 +12,5 @@ class FedAvg(Method):
     masking = "none"
     confined = False
 
-    def memory(self) -> str:
+    def memory(self, round: int) -> str:
         return "on"

@@ -10,5 +10,5 @@ class Gradual(Method):
 
     summary = "prunes by magnitude on a schedule, masks nest, nothing comes back"
 
-    def memory(self) -> str:
+    def memory(self, round: int) -> str:
         return "published"  # cuts from the already pruned model
