@@ -376,7 +376,8 @@ class Config(_Section):
         True, description="pruned weights keep moving and may grow back; off also masks the gradient"
     )
     server_memory: typing.Annotated[Literal["on", "off", "published"], BeforeValidator(_on_off)] = Field(
-        "on", description="on: pruned mass is remembered; off: only the pruned model is; published: first all, then masks nest"
+        "on",
+        description="on: pruned mass is remembered; off: only the pruned model is; published: first all, then masks nest",
     )
     exchange: Literal["allgatherv", "sharded", "node", "dense", "auto"] = Field(
         "allgatherv",
