@@ -263,11 +263,16 @@ def initial_random(
     rule: str, shapes: Sequence[Sequence[int]], sparsity: float, generator: np.random.Generator
 ) -> Tensor:
     """A random mask of exact total sparsity whose layer densities follow `rule`: "erk" or "uniform"."""
+    return random_mask([prod(shape) for shape in shapes], random_counts(rule, shapes, sparsity), generator)
+
+
+def random_counts(rule: str, shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+    """How many weights of each layer `initial_random` keeps."""
     sizes = [prod(shape) for shape in shapes]
     total = kept_count(sum(sizes), sparsity)
     density = total / max(1, sum(sizes))
     densities = erk_densities(shapes, density) if rule == "erk" else [density] * len(sizes)
-    return random_mask(sizes, layer_counts(sizes, densities, total), generator)
+    return layer_counts(sizes, densities, total)
 
 
 def sparsity(mask: Tensor) -> float:

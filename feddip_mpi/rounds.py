@@ -35,13 +35,12 @@ from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
 from feddip_mpi.local import LocalResult, LocalTrainer
-from feddip_mpi.methods.base import checked_memories
 from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual
 from feddip_mpi.runtime import log
 from feddip_mpi.schedules import RoundPlan, plan_round
 from feddip_mpi.server import Server
-from feddip_mpi.settings import Config, UploadConfig
+from feddip_mpi.settings import UploadConfig
 from feddip_mpi.support import Support
 
 
@@ -112,7 +111,7 @@ def initial_state(federation: Federation, life: Life | None = None) -> State:
         ResidualStore.of(config.upload),
         holders,
         reference,
-        memories=checked_memories(method.first_memories(weights, mask)),
+        memories=method.begin_memories(weights, mask),
         opened=opened,
     )
 
@@ -250,7 +249,7 @@ class Choice:
         if self._network is None:
             return plan.exchange
         federation = self._federation
-        upload = federation.method.updates(upload_rule(federation.config, plan, support))
+        upload = federation.method.updates(upload_rule(federation, plan, support))
         counts = support.count, support.size, federation.layout.size
         payload = codec.expected_bytes(upload, *counts)
         # The sum has the off-mask coordinates of all participants; that they all name others is the worst case.
@@ -296,12 +295,12 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
         return life.give_up()
 
     try:
-        _train_and_send(federation, state.server, received, plan, task, exchange, work, meter, give_up)
+        _train_and_send(federation, state, received, plan, task, exchange, work, meter, give_up)
         if earlier is not None:
             exchange.close()  # others' messages are not to wait for this rank's evaluation
             with meter.phase("evaluate_waiting"):
                 part = scoring.score_part(federation, received, placed, state.speeds, give_up)
-        planned = upload_rule(federation.config, plan, state.server.support)
+        planned = upload_rule(federation, plan, state.server.support)
         rules = federation.method.extras(federation.config, plan, planned)
         messages = _encode_extras(federation, state.server.support, plan, rules, work)
     except RankLost:
@@ -344,13 +343,14 @@ def _check_all(comm: Communicator, exchange: Exchange, error: FeddipError | None
         raise
 
 
-def upload_rule(config: Config, plan: RoundPlan, support: Support) -> codec.Upload:
+def upload_rule(federation: Federation, plan: RoundPlan, support: Support) -> codec.Upload:
     """How every client encodes in a round, as its plan says it; see `Method.updates`."""
+    config = federation.config
     return codec.Upload(
         values=config.upload.values,
         stochastic=config.upload.rounding == "stochastic",
         dense=plan.dense_upload,
-        regrow=round(plan.regrow * support.count),
+        regrow=federation.method.regrown(config, plan, federation.layout, support.count),
         compress=config.upload.entropy == "zstd",
     )
 
@@ -364,7 +364,7 @@ def _task(federation: Federation, state: State, plan: RoundPlan, placed: dict[in
         round=plan.round,
         support=support,
         size=federation.layout.size,
-        upload=federation.method.updates(upload_rule(config, plan, support)),
+        upload=federation.method.updates(upload_rule(federation, plan, support)),
         placed=placed,
         shares=besides.shares(samples, plan.participants),
         # With references the sum runs over all clients, those that are absent with what they sent last.
@@ -385,7 +385,7 @@ def _reference(state: State, task: Task, combined: Aggregate) -> Tensor | None:
 
 
 def _train_and_send(
-    federation: Federation, srv: Server, received: Tensor, plan: RoundPlan, task: Task, exchange: Exchange,
+    federation: Federation, state: State, received: Tensor, plan: RoundPlan, task: Task, exchange: Exchange,
     work: records.Work, meter: records.Meter, give_up: Callable[[], bool],
 ) -> None:  # fmt: skip
     comm = federation.comm
@@ -393,7 +393,7 @@ def _train_and_send(
 
     def train(trainer: LocalTrainer, client: int, give_up: Callable[[], bool], alone: bool) -> LocalResult:
         samples, rates = federation.partition.train[client], (plan.learning_rate, plan.penalty)
-        return trainer.train(received, srv.mask, samples, *rates, plan.round, client, give_up, alone)
+        return trainer.train(received, state.server.mask, samples, *rates, plan.round, client, give_up, alone)
 
     own = placement.by_rank(task.placed, comm.size)[comm.rank]
     with closing(federation.trainers.results(own, train, give_up)) as results:
@@ -401,19 +401,18 @@ def _train_and_send(
             with meter.phase("train"):
                 result = next(results)
             with meter.phase("encode"):
-                _encode(federation, srv, plan, task, exchange, work, client, result)
+                _encode(federation, state, plan, task, exchange, work, client, result)
 
 
 def _encode(
-    federation: Federation, srv: Server, plan: RoundPlan, task: Task, exchange: Exchange, work: records.Work, client: int,
+    federation: Federation, state: State, plan: RoundPlan, task: Task, exchange: Exchange, work: records.Work, client: int,
     result: LocalResult,
 ) -> None:  # fmt: skip
     """Send what a client leaves, and note it."""
     config, rank = federation.config, federation.comm.rank
     for vector in (result.update, *result.extras):
         _require_finite(result.loss, vector, plan, client, rank)
-    if federation.method.confined:
-        _confine(work.held, client, srv.mask, config.upload)
+    _confine(federation, state, work.held, client, result)
     sent = encode_and_send(exchange, task, config.upload, config.seed, work.held, client, result.update)
     residual = work.held.get(client)
     squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
@@ -425,11 +424,16 @@ def _encode(
     work.extras[client] = result.extras
 
 
-def _confine(held: MutableMapping[int, Residual], client: int, mask: Tensor, policy: UploadConfig) -> None:
+def _confine(
+    federation: Federation, state: State, held: MutableMapping[int, Residual], client: int, result: LocalResult
+) -> None:
     """What a client still owes to weights that are no more is not paid; references (EF21) are no debts."""
     old = held.get(client)
-    if old is not None and policy.residual != "ef21":
-        held[client] = replace(old, values=old.values * mask.cpu())
+    if old is None or federation.config.upload.residual == "ef21":
+        return
+    paid = federation.method.paid(state.server, state.memories, result.extras, old.round)
+    if paid is not None:
+        held[client] = replace(old, values=old.values * paid.cpu())
 
 
 def _encode_extras(

@@ -28,7 +28,8 @@ from feddip_mpi.support import Support
 from feddip_mpi.vector import BoundModel, Layout
 
 # Of what the server keeps besides W, what is not the method's: see `rounds.State`.
-ENGINE_MEMORIES = ("reference", "owed")
+ENTERED = "entered"
+ENGINE_MEMORIES = ("reference", "owed", ENTERED)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Method:
         regrows: clients send coordinates from outside the mask as `upload.regrow*` says.
         names_only: what a plan's `regrow` counts is named among the extras, without values; updates have none of it.
         confined: gradients, residuals and the server's memory stay inside the mask; nothing outside it exists.
+        returns: what has left the mask may enter it again, at zero.
         any_residual: `upload.residual: ef21` is possible.
     """
 
@@ -90,6 +92,7 @@ class Method:
     regrows: ClassVar[bool] = False
     names_only: ClassVar[bool] = False
     confined: ClassVar[bool] = True
+    returns: ClassVar[bool] = False
     any_residual: ClassVar[bool] = True
 
     def __init__(self, config: Config, model: nn.Module, layout: Layout, input_shape: tuple[int, ...]) -> None:
@@ -97,7 +100,7 @@ class Method:
         self.config, self.layout = config, layout
         if not self.any_residual and config.upload.residual == "ef21":
             raise InputError(
-                f"upload.residual: got ef21, which method: {config.method} cannot use (its clients' masks differ); allowed: "
+                f"upload.residual: got ef21, which method: {config.method} cannot use (its clients' masks differ, or weights that left the mask begin anew); allowed: "
                 "keep, decay, in_mask_only, drop"
             )
 
@@ -183,10 +186,15 @@ class Method:
         generator = stream(self.config.seed, "initial mask")
         return masks.initial_random(rule, self.layout.prunable_shapes, sparsity, generator).to(prunable.device)
 
+    def begin_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """`first_memories`, and where weights return how many rounds were finished when each entered the mask."""
+        memories = checked_memories(self.first_memories(weights, mask))
+        return {**memories, ENTERED: torch.zeros_like(weights[: mask.numel()])} if self.returns else memories
+
     def first_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """float32 arrays that the server keeps besides W, by name; they are in every checkpoint.
 
-        "reference" and "owed" are names of the engine's own.
+        "reference", "owed" and "entered" are names of the engine's own.
         """
         return {}
 
@@ -214,6 +222,11 @@ class Method:
         return ()
 
     @classmethod
+    def regrown(cls, config: Config, plan: RoundPlan, layout: Layout, kept: int) -> int:
+        """How many coordinates outside the mask of `kept` weights a client sends in a round."""
+        return round(plan.regrow * kept)
+
+    @classmethod
     def updates(cls, upload: Upload) -> Upload:
         """How updates travel; `upload`: as the plan says it."""
         return replace(upload, regrow=0) if cls.names_only else upload
@@ -221,6 +234,19 @@ class Method:
     def received(self, srv: Server) -> Tensor:
         """What clients begin a round with, float32 [n]; not to be changed."""
         return server.pruned(srv.weights, srv.mask)
+
+    def paid(self, srv: Server, memories: Mapping[str, Tensor], extras: Sequence[Tensor], since: int) -> Tensor | None:
+        """The weights, bool [P], whose residual a client adds to its update; None: all.
+
+        Args:
+            srv, memories: before the round.
+            extras: what the client's hook has left in this one.
+            since: t of the round in which the client took part last.
+        """
+        if not self.confined:
+            return None
+        entered = memories.get(ENTERED)
+        return srv.mask if entered is None else srv.mask & (entered <= since)
 
     def memory(self, round: int) -> str:
         """What W is after the step of round t: see `server.step`."""
@@ -246,7 +272,8 @@ class Method:
         self, srv: Server, total: Aggregate, extras: Sequence[Tensor], memories: Mapping[str, Tensor], plan: RoundPlan
     ) -> tuple[Server, StepReport, dict[str, Tensor]]:
         """The server step of a round and what the method remembers after it."""
-        seen = [Seen(plan, srv.support, srv.weights, tuple(extras), memories, srv.weights)]
+        own = {name: values for name, values in memories.items() if name not in ENGINE_MEMORIES}
+        seen = [Seen(plan, srv.support, srv.weights, tuple(extras), own, srv.weights)]
 
         def merge(value: Tensor) -> Tensor:
             seen[0] = replace(seen[0], value=value)
@@ -262,7 +289,11 @@ class Method:
             return mask
 
         after, report = server.step(srv, total, plan, self.memory(plan.round), merge, cut, self.select)
-        return after, report, checked_memories(self.remember(seen[0], after.mask))
+        remembered = checked_memories(self.remember(seen[0], after.mask))
+        if ENTERED in memories:
+            entered = torch.where(after.mask & ~srv.mask, float(plan.round + 1), memories[ENTERED])
+            remembered[ENTERED] = entered if plan.update_mask else memories[ENTERED]
+        return after, report, remembered
 
     def facts(self, mask: Tensor) -> dict[str, object]:
         """What the run's summary says about the mask [P] besides its sparsity, in JSON values."""

@@ -14,10 +14,14 @@ from feddip_mpi import masks
 from feddip_mpi.methods.base import Method
 from feddip_mpi.schedules import RoundPlan, last_mask_update
 from feddip_mpi.settings import Config
+from feddip_mpi.vector import Layout
 
 
 class Exchanging(Method):
     """As sparse as asked for from the start, with ERK densities that never change; clients name what they want from outside."""
+
+    returns = True
+    any_residual = False
 
     @classmethod
     @abstractmethod
@@ -39,6 +43,13 @@ class Exchanging(Method):
         return replace(plan, sparsity=config.sparsity.final, regrow=share)
 
     @classmethod
+    def regrown(cls, config: Config, plan: RoundPlan, layout: Layout, kept: int) -> int:
+        """As many as `exchangeable` of all layers: a layer with little outside has not its whole share to exchange."""
+        counts = masks.random_counts("erk", layout.prunable_shapes, config.sparsity.final)
+        layers = zip(counts, layout.prunable_sizes, strict=True)
+        return sum(exchangeable(plan.regrow, count, size) for count, size in layers)
+
+    @classmethod
     def first_sparsity(cls, config: Config) -> float:
         return config.sparsity.final
 
@@ -53,3 +64,8 @@ class Exchanging(Method):
         sizes = list(self.layout.prunable_sizes)
         layers = zip(scores.split(sizes), mask.split(sizes), strict=True)
         return torch.cat([masks.select_largest(layer, int(old.sum())) for layer, old in layers])
+
+
+def exchangeable(share: float, count: int, size: int) -> int:
+    """How many of a layer's `count` kept weights may change places: the share, rounded down, never more than stand outside."""
+    return min(int(share * count), size - count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,9 @@ from feddip_mpi import masks
 from feddip_mpi.codec import Upload
 from feddip_mpi.local import LocalHook
 from feddip_mpi.methods.base import Seen
-from feddip_mpi.methods.exchanging import Exchanging
+from feddip_mpi.methods.exchanging import Exchanging, exchangeable
 from feddip_mpi.schedules import RoundPlan
+from feddip_mpi.server import Server
 from feddip_mpi.settings import Config
 from feddip_mpi.vector import BoundModel
 
@@ -22,7 +23,6 @@ class FedDST(Exchanging):
     """Sparse from the start with ERK densities; masks move in rounds that update the mask."""
 
     summary = "starts from a random ERK mask, clients drop by magnitude and grow by gradient, the server merges"
-    any_residual = False
 
     @classmethod
     def first_share(cls, config: Config) -> float:
@@ -36,13 +36,22 @@ class FedDST(Exchanging):
         """Each client's mask, a bit for every coordinate that travels."""
         return (replace(upload, values="bit"),) if plan.update_mask else ()
 
+    def paid(self, srv: Server, memories: Mapping[str, Tensor], extras: Sequence[Tensor], since: int) -> Tensor | None:
+        """Nor what is owed to weights that the client has just dropped: it has no part in their mean."""
+        paid = super().paid(srv, memories, extras, since)
+        return paid if paid is None or not extras else paid & (extras[0] > 0)
+
     def merge(self, seen: Seen) -> Tensor:
-        """Each weight is the mean over the clients that kept it: v <- v / sum_k p_k m_k, 0 where none did."""
+        """Each weight is the mean over the clients that kept it: v <- W + (v - W) / sum_k p_k m_k, 0 where none did.
+
+        The others send a zero update, whose code costs the mean no accuracy.
+        """
         if not seen.plan.update_mask:
             return seen.value
         votes, value = seen.extras[0], seen.value.clone()
-        prunable = value[: votes.numel()]
-        prunable.copy_(torch.where(votes > 0, prunable / votes.clamp(min=1e-30), torch.zeros_like(votes)))
+        prunable, before = value[: votes.numel()], seen.weights[: votes.numel()]
+        mean = before + (prunable - before) / votes.clamp(min=1e-30)
+        prunable.copy_(torch.where(votes > 0, mean, torch.zeros_like(votes)))
         return value
 
     def cut(self, seen: Seen) -> Tensor:
@@ -67,7 +76,7 @@ def exchanged(weights: Tensor, gradient: Tensor, kept: Tensor, sizes: Sequence[i
     layers = []
     for w, g, m in zip(weights.split(list(sizes)), gradient.split(list(sizes)), kept.split(list(sizes)), strict=True):
         count = int(m.sum())
-        moved = min(int(share * count), m.numel() - count)
+        moved = exchangeable(share, count, m.numel())
         stay = masks.select_largest(w.abs().masked_fill(~m, -1.0), count - moved)
         enter = masks.select_largest(g.abs().masked_fill(m, -1.0), moved)
         layers.append(stay | enter)
@@ -80,6 +89,7 @@ class _Exchange(LocalHook):
     def __init__(self, config: Config, sizes: Sequence[int]) -> None:
         self._config, self._sizes = config, sizes
         self._updates, self._share, self._at = False, 0.0, 0
+        self._received: Tensor | None = None
 
     def begin_round(self, round: int, updates_mask: bool) -> None:
         self._updates = updates_mask
@@ -87,6 +97,7 @@ class _Exchange(LocalHook):
 
     def begin(self, weights: Tensor, kept: Tensor, batches: int) -> None:
         self._at = int(self._config.feddst.after * batches)
+        self._received = weights[: kept.numel()].clone() if self._updates else None
 
     def gradient(self, gradient: Tensor, weights: Tensor, active: Tensor, kept: Tensor, batch: int) -> None:
         if not self._updates or batch != self._at:
@@ -98,4 +109,9 @@ class _Exchange(LocalHook):
 
     def end(self, weights: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
         # An update that was put off may come when nothing is exchanged any more; the server asks for the masks all the same.
-        return (kept.clone(),) if self._updates else ()
+        if self._received is None:
+            return ()
+        prunable = weights[: kept.numel()]
+        prunable.copy_(torch.where(kept > 0, prunable, self._received))  # what was dropped sends no update
+        self._received = None
+        return (kept.clone(),)

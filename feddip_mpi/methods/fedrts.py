@@ -12,7 +12,7 @@ from feddip_mpi import masks
 from feddip_mpi.codec import Upload
 from feddip_mpi.local import LocalHook
 from feddip_mpi.methods.base import Seen
-from feddip_mpi.methods.exchanging import Exchanging
+from feddip_mpi.methods.exchanging import Exchanging, exchangeable
 from feddip_mpi.schedules import RoundPlan, last_mask_update
 from feddip_mpi.settings import Config
 from feddip_mpi.streams import stream
@@ -79,7 +79,7 @@ def _layers(
     """Of each layer: |values|, mask, how many weights it keeps, how many of these may be exchanged."""
     for v, m in zip(values.abs().split(list(sizes)), kept.split(list(sizes)), strict=True):
         count = int(m.sum())
-        yield v, m, count, min(int(share * count), m.numel() - count)
+        yield v, m, count, exchangeable(share, count, m.numel())
 
 
 def core(weights: Tensor, kept: Tensor, sizes: Sequence[int], share: float) -> Tensor:

@@ -25,6 +25,8 @@ class PruneFL(Method):
     """One client prunes first; then the server reconfigures from aggregated squared gradients."""
 
     summary = "keeps the largest squared gradients per time cost; weights that come back start at zero"
+    returns = True
+    any_residual = False
 
     def __init__(self, config: Config, model: nn.Module, layout: Layout, input_shape: tuple[int, ...]) -> None:
         super().__init__(config, model, layout, input_shape)
@@ -124,13 +126,15 @@ def costs(uses: Sequence[int], sizes: Sequence[int], computing: float) -> Tensor
 def not_removable(value: Tensor, old: Tensor, sizes: Sequence[int], removable: float, keep: int | None) -> Tensor:
     """bool [P]: each layer's largest kept weights, which stay whatever their gradients say.
 
-    All but the share `removable`; fewer where the whole mask is to shrink to `keep` weights.
+    All but the share `removable`, rounded down; fewer where the whole mask is to shrink to `keep` weights.
     """
-    share = 1 - removable
-    if keep is not None:
-        share *= min(1.0, keep / max(1, int(old.sum())))
+    shrink = 1.0 if keep is None else min(1.0, keep / max(1, int(old.sum())))
+
+    def protected(count: int) -> int:
+        return count - int(removable * count) if shrink == 1.0 else int(shrink * (1 - removable) * count)
+
     layers = zip(value.abs().split(list(sizes)), old.split(list(sizes)), strict=True)
-    return torch.cat([masks.select_largest(v.masked_fill(~m, -1.0), int(share * int(m.sum()))) for v, m in layers])
+    return torch.cat([masks.select_largest(v.masked_fill(~m, -1.0), protected(int(m.sum()))) for v, m in layers])
 
 
 def adaptive(scores: Tensor, costs: Tensor, fixed: Tensor, overhead: float) -> Tensor:

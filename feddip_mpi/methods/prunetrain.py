@@ -109,11 +109,11 @@ def above(
     vector: Tensor, kept: list[Tensor], shapes: tuple[tuple[int, ...], ...], links: tuple[channels.Link, ...],
     threshold: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The kept channels with a weight of at least `threshold` on either side; in each layer one at least."""
+    """The kept channels with a weight of at least `threshold` on one side or the other; in each layer one at least."""
     out = []
     for link, left in zip(links, kept, strict=True):
         made, taken = channels.groups(vector, shapes, link)
-        largest = torch.minimum(made.abs().amax(dim=1), taken.abs().amax(dim=(0, 2))).masked_fill(~left, -1.0)
+        largest = torch.maximum(made.abs().amax(dim=1), taken.abs().amax(dim=(0, 2))).masked_fill(~left, -1.0)
         out.append((largest >= threshold) | (torch.arange(link.channels, device=largest.device) == largest.argmax()))
     return out
 

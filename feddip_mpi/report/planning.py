@@ -43,7 +43,8 @@ def rows(config: Config, layout: Layout, opening: Opening | None) -> list[Row]:
     for t in range(config.rounds):
         plan = plan_round(config, t)
         # Clients encode with the mask as it was before the round; see rounds.upload_rule and codec.encode.
-        rule = codec.Upload(config.upload.values, dense=plan.dense_upload, regrow=round(plan.regrow * kept))
+        outside = method.regrown(config, plan, layout, kept)
+        rule = codec.Upload(config.upload.values, dense=plan.dense_upload, regrow=outside)
         regrow = 0 if plan.dense_upload else min(rule.regrow, layout.prunable - kept)
         updates = method.updates(rule)
         upload = round(codec.expected_bytes(updates, kept, layout.prunable, layout.size) * config.participants)

@@ -245,7 +245,7 @@ def test_a_mask_update_that_was_put_off_may_come_after_the_last(method: str) -> 
     assert 0 < state.server.support.count <= before
 
 
-@pytest.mark.parametrize("method", ["feddst", "sparsyfed"])
+@pytest.mark.parametrize("method", ["feddst", "sparsyfed", "prunefl", "fedrts"])
 def test_references_do_not_fit_clients_with_masks_of_their_own(method: str) -> None:
     with pytest.raises(InputError, match=f"upload.residual: got ef21, .*{method}.*allowed: keep"):
         build(method, upload={"residual": "ef21"})
