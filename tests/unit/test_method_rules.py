@@ -106,6 +106,68 @@ def test_masked_training_equals_a_plain_loop(method: str) -> None:
     assert int(mask.sum()) == masks.kept_count(prunable, 0.8)
 
 
+def feddip_client(built: Federation, received: Tensor, mask: Tensor, penalty: float, t: int, client: int) -> Tensor:
+    """Training at the pruned weights of the dense ones: the client's update float64 [n]."""
+    c, layout = built.config, built.layout
+    model = deepcopy(built.bound.model).double().train()
+    load(model, received, built)
+    parameters = dict(model.named_parameters())
+    dense = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    kept = dict(zip(layout.prunable_names, layout.views(mask.double()), strict=True))
+    for images, labels in batches(built, t, client):
+        loss = nn.functional.cross_entropy(model(images.double()), labels)
+        loss = loss + penalty * sum(torch.linalg.vector_norm(parameters[name]) for name in kept)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            for (name, parameter), step in zip(parameters.items(), gradients, strict=True):
+                own = kept.get(name, torch.ones(()))
+                step = step if c.feedback else step * own
+                dense[name] -= c.learning_rate * c.learning_rate_decay**t * (step + c.weight_decay * dense[name])
+                parameter.copy_(own * dense[name])
+    tensors = {**dense, **dict(model.named_buffers())}
+    return torch.cat([tensors[name].reshape(-1) for name in layout.names]) - received
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_feddip_equals_a_plain_loop(feedback: bool) -> None:
+    """A penalty that grows, residuals, weights that come back; the mask is cut after the second and the third round."""
+    upload = {"values": "fp32", "regrow": 0.2, "regrow_schedule": "constant"}
+    built = fp32(
+        "feddip", feedback=feedback, rounds=3, model={"name": "test_fedavg:Net"}, upload=upload,
+        mask={"every": 2, "freeze_after": 1.0, "initial": "erk"}, penalty={"maximum": 0.2, "schedule": "linear"},
+    )  # fmt: skip
+    state, prunable = rounds.initial_state(built), built.layout.prunable
+    weights, mask = state.server.weights.double(), state.server.mask
+    residuals = {k: torch.zeros(prunable, dtype=torch.float64) for k in range(5)}
+    grown = 0
+    for t in range(3):
+        chosen = sorted(int(k) for k in stream(1, "participants", t).choice(5, 3, replace=False))
+        total = sum(built.samples[k] for k in chosen)
+        received, moved = weights.clone(), torch.zeros_like(weights)
+        received[:prunable].mul_(mask)
+        for k in chosen:
+            update, travels = feddip_client(built, received, mask, 0.1 * t, t, k), mask.clone()
+            update[:prunable] += residuals[k]
+            if t > 0:
+                travels[update[:prunable].abs().masked_fill(mask, -1).topk(round(0.2 * int(mask.sum()))).indices] = True
+            residuals[k] = update[:prunable] * ~travels
+            update[:prunable].mul_(travels)
+            moved += built.samples[k] / total * update
+        weights = weights + moved
+        if t > 0:
+            keep = prunable - round(prunable * sparsity(built.config.sparsity, t + 1, 3))
+            mask = torch.zeros_like(mask)
+            mask[weights[:prunable].abs().topk(keep).indices] = True
+        record = rounds.play(built, state, plan_round(built.config, t))
+        grown += record["mask_grown"]
+        assert torch.equal(state.server.mask, mask), t
+        assert torch.allclose(state.server.weights.double(), weights, rtol=1e-4, atol=1e-5), t
+        for k, residual in state.held.items():
+            assert torch.allclose(residual.values.double(), residuals[k], rtol=1e-4, atol=1e-5), (t, k)
+        assert {k for k, values in residuals.items() if bool(values.any())} == set(state.held)
+    assert grown > 0 and bool(state.held) == feedback
+
+
 @pytest.mark.parametrize("method", ["feddip", "gradual"])
 @pytest.mark.parametrize("rule", ["lamp", "erk", "uniform"])
 def test_every_cut_of_a_run_shares_its_weights_among_the_layers_as_asked(method: str, rule: str) -> None:
