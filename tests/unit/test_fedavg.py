@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from feddip_mpi import checkpoint, config, federation, masks, rounds, run_folder
 from feddip_mpi.errors import NumericalError
 from feddip_mpi.federation import Federation
+from feddip_mpi.local import LocalResult, LocalTrainer
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.settings import Config
@@ -161,6 +162,26 @@ def test_what_a_residual_policy_keeps_is_held_and_used() -> None:
     assert held["drop"] == {}
     assert len(held["keep"]) == len(held["in_mask_only"]) == 5
     assert len(set(weights.values())) == 3
+
+
+def test_a_record_weighs_losses_by_images_and_adds_up_the_squares_of_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, train = [], LocalTrainer.train
+
+    def noting(self: LocalTrainer, *arguments: Any) -> LocalResult:
+        results.append(train(self, *arguments))
+        return results[-1]
+
+    monkeypatch.setattr(LocalTrainer, "train", noting)
+    built = federation.build(pruning(), Alone(), torch.device("cpu"))
+    state = rounds.initial_state(built)
+    for t in range(2):
+        results.clear()
+        record = rounds.play(built, state, plan_round(built.config, t))
+        losses, images = [r.loss for r in results], [r.samples for r in results]
+        assert record["train_loss"] == pytest.approx(np.average(losses, weights=images), rel=1e-12)
+        assert abs(record["train_loss"] - np.mean(losses)) > 1e-4
+        left = torch.cat([state.held[client].values for client in record["participants"]])
+        assert record["residual_norm"] == pytest.approx(float(left.double().norm()), rel=1e-6)
 
 
 def finish(comm: Alone, **values: Any) -> tuple[rounds.State, list[dict], Federation]:
