@@ -10,12 +10,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from alone import Alone
 from torch import nn
 
 from feddip_mpi import checkpoint, config, federation, hdf5, metrics, server
 from feddip_mpi.checkpoint import Loaded, Snapshot
 from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
 from feddip_mpi.residuals import Residual
+from feddip_mpi.schedules import participants
 from feddip_mpi.vector import Layout, flatten
 
 LAYERS = ["3.weight", "0.weight"]
@@ -427,6 +429,17 @@ def test_a_file_of_the_first_program_with_format_1_loads(tmp_path: Path) -> None
     assert residuals == [(0, 3, 13623658), (1, 2, 1177109853), (2, 3, 1257319550)]
     _, layout = federation.build_model(loaded.config, loaded.input_shape, loaded.classes)
     checkpoint.check_model(loaded, layout)
+
+
+def test_what_a_file_of_the_first_program_was_trained_on_is_drawn_again() -> None:
+    golden = Path(__file__).with_name("golden") / "format-1.h5"
+    loaded = checkpoint.load(golden)
+    built = federation.build(loaded.config, Alone(), torch.device("cpu"))
+    assert built.identity == loaded.identity
+    with h5py.File(golden) as file:
+        assert np.array_equal(built.partition.histogram(built.dataset.train_labels, 3), file["partition/histogram"])
+    drawn = [list(participants(loaded.config, record["round"] - 1)) for record in loaded.history]
+    assert drawn == [record["participants"] for record in loaded.history]
 
 
 @pytest.mark.parametrize("version", [0, -1])

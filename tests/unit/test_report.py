@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from feddip_mpi.errors import InputError
-from feddip_mpi.report import drawing, figures, page, runs, summaries, tables
+from feddip_mpi.report import accuracy_figures, drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.sweep import labels
@@ -343,6 +343,32 @@ def test_a_method_that_does_not_learn_does_not_set_the_scale() -> None:
     assert drawing.whole_scale([0.1, 0.85, 0.86, 0.88, 0.89]) == (0.85, 0.89)
     assert drawing.whole_scale([0.7, 0.9]) == (0.7, 0.9)
     assert drawing.whole_scale([0.5]) == (0.5, 0.5)
+
+
+def test_figures_show_the_mean_of_the_last_evaluations(study: Path) -> None:
+    """The last one alone is higher by 0.1 in every run."""
+    pytest.importorskip("matplotlib")
+    groups = groups_of(study)
+    with drawing.style():
+        picture = accuracy_figures.accuracy_by_sparsity(groups, drawing.Look(groups))
+    assert picture is not None
+    (panel,) = picture.figure.axes
+    (points,) = panel.containers
+    assert points.lines[0].get_ydata() == pytest.approx([0.61, 0.51])
+    assert panel.lines[0].get_ydata() == pytest.approx([0.72, 0.72])  # the dense one
+
+
+def test_seconds_are_shown_of_the_hardware_that_most_groups_ran_on(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for place, processor in enumerate("AABA"):
+        made_runs.make(tmp_path / str(place), processor=processor, keys={"sparsity.final": 0.6 + 0.1 * place})
+    groups = groups_of(tmp_path)
+    other = groups[2]
+    assert accuracy_figures.same_hardware(groups) == [group for group in groups if group is not other]
+    with drawing.style():
+        picture = accuracy_figures.accuracy_by_seconds(groups, drawing.Look(groups))
+    assert picture is not None and other not in picture.groups
+    assert picture.alternative.endswith(f"Left out, because they ran on other hardware: {other.title}.")
 
 
 def test_looks_are_apart_and_the_same_in_every_report(study: Path) -> None:

@@ -10,12 +10,11 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
-from feddip_mpi import config, settings
+from feddip_mpi import config, run_folder, settings
 from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.sweep import command, estimate, grid, labels, runner, slurm, states
@@ -188,13 +187,21 @@ def test_a_folder_that_is_being_made_is_busy_and_one_half_made_is_begun(tmp_path
         folder.create(cell.config)
 
 
-def test_whoever_looks_keeps_no_job_out(tmp_path: Path) -> None:
+def test_whoever_looks_keeps_no_job_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`holder` takes the lock for a moment; a job that starts just then waits that long."""
-    folder = begun(cells("grid: {seed: [1]}")[0], tmp_path)
+    folder, waits = begun(cells("grid: {seed: [1]}")[0], tmp_path), list[float]()
     with open(folder.lock_file) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+
+        def waited(seconds: float) -> None:
+            waits.append(seconds)
+            if sum(waits) > 0.1:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(run_folder.time, "sleep", waited)
         Lock(folder).release()
+    assert len(waits) > 1
+    monkeypatch.setattr(run_folder.time, "sleep", waits.append)
     with open(folder.lock_file) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         with pytest.raises(InputError, match="another job is at work"):
@@ -306,6 +313,7 @@ class Fake(runner.Commands):
         self.order: list[str] = []
         self.running: set[str] = set()
         self.most = 0
+        self.signals: list[tuple[str, int]] = []
 
     def start(self, cell: Cell) -> FakeProcess:  # type: ignore[override]
         self.order.append(cell.name)
@@ -334,6 +342,7 @@ class FakeProcess:
         return code
 
     def send_signal(self, sig: int) -> None:
+        self.made.signals.append((self.cell.name, sig))
         self.made.codes[self.cell.name] = 75
         self.left = 0
 
@@ -393,7 +402,26 @@ def test_a_signal_saves_what_is_at_work_and_begins_nothing(tmp_path: Path) -> No
     with pytest.raises(Stopped, match="1 cells not begun"):
         runner.run(made, tmp_path, fake, 2, say, stop)
     assert fake.order == ["seed-1", "seed-2"]
+    assert fake.signals == [(name, signal.SIGUSR1) for name in fake.order]  # the one that every launcher passes on
     assert sum("stopped after" in line for line in said) == 2
+
+
+def test_a_cell_that_goes_on_hears_of_a_signal_when_it_trains(tmp_path: Path) -> None:
+    """Metrics of before are no sign of it: a signal while it still imports would kill it."""
+    (cell,) = cells("grid: {seed: [1]}")
+    folder, stop, fake = begun(cell, tmp_path, 1), runner.Stop(), Fake(tmp_path, {}, patience=10**9)
+    os.utime(folder.metrics, (0, 0))
+
+    class Importing(FakeProcess):
+        def poll(self) -> int | None:
+            if self.left == 10**9 - 3:
+                os.utime(folder.metrics)
+            return super().poll()
+
+    fake.start = lambda cell: Importing(fake, cell)  # type: ignore[method-assign, assignment]
+    with pytest.raises(Stopped, match="0 cells not begun"):
+        runner.run([cell], tmp_path, fake, 1, lambda text: setattr(stop, "requested", True), stop)
+    assert fake.signals == [(cell.name, signal.SIGUSR1)] and folder.metrics.stat().st_mtime > 0
 
 
 def test_the_batch_script_is_sound(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import made_runs
@@ -96,23 +95,22 @@ def test_lines_follow_the_run_to_its_end(
     running: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is written while it is watched, goes back to a checkpoint once, and finishes."""
-    monkeypatch.setattr(watching, "_SECONDS", 0.02)
     monkeypatch.setenv("FEDDIP_PROGRESS", "plain")
     rows = [json.loads(line) for line in running.metrics.read_text().splitlines()]
 
-    def play() -> None:
+    def played() -> Iterator[None]:
         for written in ([0], [0, 1], [0], [0, 1], [0, 1, 2]):
             text = "".join(metrics.to_line(rows[place]) + "\n" for place in written)
             (running.path / "new").write_text(text)
             (running.path / "new").replace(running.metrics)
-            time.sleep(0.3)
+            yield
         running.finished.write_text("{}")
+        yield
 
     running.metrics.unlink()
-    player = threading.Thread(target=play)
-    player.start()
+    steps = played()
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: next(steps))
     watching.watch(str(running.path), once=False)
-    player.join()
     said = capsys.readouterr().out.splitlines()
     rounds = [line.split()[1] for line in said if line.startswith("round")]
     assert rounds == ["1/3", "2/3", "2/3", "3/3"]

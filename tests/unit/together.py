@@ -38,6 +38,9 @@ class Together(Alone):
     def total(self, values: np.ndarray) -> np.ndarray:
         return np.sum(self._all(np.array(values)), axis=0, dtype=values.dtype)
 
+    def allreduce(self, values: np.ndarray) -> np.ndarray:
+        return np.sum(self._all(values.copy()), axis=0, dtype=values.dtype)
+
     def require_same(self, what: str, value: Any) -> None:
         assert len({repr(each) for each in self._all(value)}) == 1, what
 
