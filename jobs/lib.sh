@@ -23,6 +23,8 @@
 set -uo pipefail
 
 JOB=${SLURM_JOB_ID:-${PBS_JOBID:-none}}
+# One task of an array has the id of the array itself, and squeue and scontrol would take it for all tasks.
+[[ -n ${SLURM_ARRAY_JOB_ID:-} ]] && JOB=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
 STOP=         # USR1, USR2 or TERM once this script has received it
 LAUNCHER_PID= # of the launcher that runs in the background
 LOG_BYTES=0   # of RUN/run.log when it was started

@@ -60,3 +60,17 @@ def test_a_signal_before_the_first_round_waits_for_it(tmp_path: Path) -> None:
     """
     done = bash(script)
     assert "code 75" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_task_of_an_array_asks_for_itself(tmp_path: Path) -> None:
+    """Its SLURM_JOB_ID may be that of the whole array, of which squeue lists every task."""
+    script = """
+        SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=3
+        source jobs/lib.sh
+        squeue() { [[ $3 == 7_3 ]] && echo RUNNING || printf '%s\n' RUNNING PENDING; }
+        scontrol() { echo "scontrol $*"; }
+        REQUEUE=1
+        requeue
+    """
+    done = bash(script)
+    assert "scontrol requeue 7_3\n" in done.stdout, done.stdout + done.stderr
