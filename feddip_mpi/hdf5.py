@@ -25,6 +25,8 @@ from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
 _SEAL_BYTES = 512  # of the user block; HDF5 allows powers of two from 512
 _SEAL_TITLE = b"feddip-mpi sealed HDF5\n"
 _READ_BYTES = 1 << 20
+# A draft has a name of its own and a finished file never changes; where a file system has no locks, HDF5 would open neither.
+_LOCKING = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Draft:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
-            self._file = h5py.File(self._temporary, "w", userblock_size=_SEAL_BYTES)
+            self._file = h5py.File(self._temporary, "w", userblock_size=_SEAL_BYTES, locking=_LOCKING)
         except BaseException:
             self._temporary.unlink(missing_ok=True)
             raise
@@ -269,7 +271,7 @@ def open_file(path: Path) -> Iterator[Reader]:
         raise InputError(f"{path}: no such file; name a checkpoint such as runs/NAME/checkpoints/round-000100.h5")
     check_seal(path)
     with _guard(path):
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", locking=_LOCKING)
     try:
         reader = Reader(file, path)
         if not reader.attributes().get("complete", False):
@@ -291,7 +293,7 @@ def read_arrays(path: Path | str, names: Iterable[str]) -> dict[str, np.ndarray]
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with _guard(path), h5py.File(path, "r") as file:
+    with _guard(path), h5py.File(path, "r", locking=_LOCKING) as file:
         missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
         if missing:
             raise InputError(
