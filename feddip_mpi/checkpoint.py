@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from feddip_mpi import __version__, config, hdf5, masks, metrics, run_folder, runtime
-from feddip_mpi.errors import DamagedFileError, InputError
+from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
 from feddip_mpi.hdf5 import Item, Reader
 from feddip_mpi.residuals import Residual
 from feddip_mpi.server import Server
@@ -404,18 +405,38 @@ def prune_old(folder: Path, keep: int, keep_best: bool, final_sparsity: float, r
     Args:
         round: of the checkpoint that was just written. Later ones were refused when the run went on from before them:
             they count for nothing, and stay until they are written again or are old.
+
+    What cannot be read or deleted stays, with a warning.
     """
-    paths = [path for path in listed(folder) if int(path.stem.removeprefix("round-")) <= round]
-    spared = set(paths[-keep:])
-    if keep_best:
-        scored = [(accuracy, path) for path in paths if (accuracy := _final_accuracy(path, final_sparsity)) is not None]
-        if scored:
-            spared.add(max(scored)[1])
+    with _tidying(folder):
+        paths = [path for path in listed(folder) if int(path.stem.removeprefix("round-")) <= round]
+        spared = set(paths[-keep:])
+        if keep_best:
+            spared |= _best(paths, final_sparsity)
+        for path in [*(path for path in paths if path not in spared), *folder.glob(".round-*.h5.tmp-*")]:
+            with _tidying(path):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _tidying(path: Path) -> Iterator[None]:
+    """The new checkpoint is there: old files that cannot be read or removed are no reason to end the run."""
+    try:
+        yield
+    except (OSError, FeddipError) as error:
+        runtime.log.warning("%s: cannot be tidied up (%s); the next save tries again", path, hdf5.reason(error))
+
+
+def _best(paths: Sequence[Path], final_sparsity: float) -> set[Path]:
+    """The most accurate checkpoint that has reached the final sparsity, and those that cannot be read: it may be one of them."""
+    scored, unread = [], set(paths)
     for path in paths:
-        if path not in spared:
-            path.unlink()
-    for leftover in folder.glob(".round-*.h5.tmp-*"):
-        leftover.unlink(missing_ok=True)
+        with _tidying(path):
+            accuracy = _final_accuracy(path, final_sparsity)
+            unread.remove(path)
+            if accuracy is not None:
+                scored.append((accuracy, path))
+    return unread | ({max(scored)[1]} if scored else set())
 
 
 def _final_accuracy(path: Path, final_sparsity: float) -> float | None:

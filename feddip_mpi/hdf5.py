@@ -88,7 +88,8 @@ class Draft:
             with suppress(OSError, RuntimeError):  # what cannot be written cannot be closed; whoever wrote was told
                 self._file.close()
         finally:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the next save removes it
+                self._temporary.unlink(missing_ok=True)
 
 
 def write(

@@ -386,6 +386,25 @@ def test_of_equally_good_checkpoints_the_newest_is_kept_and_damaged_ones_do_not_
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["round-000002.h5", "round-000005.h5"]
 
 
+def test_an_old_checkpoint_that_cannot_be_read_may_be_the_best_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for round in (1, 2, 3, 4):
+        scored(tmp_path, round, 0.9 - 0.1 * round, 0.5)
+    stat = Path.stat
+
+    def stale(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "round-000002.h5":
+            raise OSError(116, "Stale file handle")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    checkpoint.prune_old(tmp_path, 1, True, 0.5, 4)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.listed(tmp_path)] == [f"round-{r:06d}.h5" for r in (1, 2, 4)]
+    assert "round-000002.h5: cannot be tidied up (Stale file handle)" in caplog.text
+
+
 def test_damaged_checkpoints_that_a_run_went_back_behind_do_not_push_good_ones_out(tmp_path: Path) -> None:
     for round in (2, 3, 4, 6):
         scored(tmp_path, round, 0.5, 0.5)
