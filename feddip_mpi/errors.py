@@ -42,6 +42,12 @@ class RankLost(FeddipError):
     exit_code = 6
 
 
+class FolderBusy(InputError):
+    """Another job has the run folder, or a file server keeps the lock of one whose node died: trying again may help."""
+
+    exit_code = 7
+
+
 class Stopped(FeddipError):
     """A signal asked the run to stop; the state was saved and `resume` continues it (EX_TEMPFAIL)."""
 

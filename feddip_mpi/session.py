@@ -25,6 +25,7 @@ from feddip_mpi import (
     metrics,
     recovery,
     rounds,
+    run_folder,
     runtime,
     schedules,
     scoring,
@@ -47,9 +48,6 @@ from feddip_mpi.settings import Config
 from feddip_mpi.summary import summarise
 
 T = TypeVar("T")
-
-# The lock of a rank that has died is free as soon as its kernel has cleaned up; on a network a moment later.
-_LOCK_SECONDS = 10.0
 
 
 def on_root(comm: Communicator, work: Callable[[], T]) -> T:
@@ -165,9 +163,9 @@ def _resume(
     def read() -> list[Any]:
         if not folder.path.is_dir():
             raise InputError(f"{folder.path}: no such run folder; `train` prints the name of the one it makes")
-        saved = bool(checkpoint.listed(folder.checkpoints))
-        if saved or folder.config.exists():  # anything else is no run folder, and nothing is written there
-            _hold(held, Lock(folder))
+        if folder.config.exists() or checkpoint.listed(folder.checkpoints):  # nothing is written to any other folder
+            _hold(held, Lock(folder, run_folder.lock_seconds(), lambda: stop.requested))
+        saved = bool(checkpoint.listed(folder.checkpoints))  # the job that had the lock may have saved once more
         if not saved and folder.config.exists():
             settings = config.override(config.load(folder.config), overrides, config.RESUMABLE_KEYS)
             _require_extras(settings)
@@ -481,19 +479,13 @@ def _recover(
 
 
 def _take_over_folder(comm: Communicator, run: Run) -> None:
-    """Lock and log go to the new rank 0. Raises InputError on all ranks where the old one still lives somewhere."""
+    """Lock and log go to the new rank 0. Raises FolderBusy on all ranks where the old one still lives somewhere."""
     runtime.start_log(run.folder.path, comm.rank)
 
     def lock() -> None:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while not run.owner:
-            try:
-                _hold(run.held, Lock(run.folder))
-                run.owner = True
-            except InputError:  # the kernel may still be at the dead process's files
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        if not run.owner:
+            _hold(run.held, Lock(run.folder, run_folder.lock_seconds(), lambda: run.stop.requested))
+            run.owner = True
 
     on_root(comm, lock)
 

@@ -252,8 +252,8 @@ def test_a_second_job_in_a_run_folder_is_refused(never_stopped: Path, tmp_path: 
     shutil.copytree(never_stopped, run)
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file())
     holder = run_folder.Lock(run_folder.RunFolder(run))
-    done = launch.run([*launch.FEDDIP, "resume", str(run), "--set", "rounds=31"]).expect(2)
-    assert "another job is at work in this run folder (process " in done.text
+    done = launch.run([*launch.FEDDIP, "resume", str(run), "--set", "rounds=31"]).expect(7)
+    assert "waits up to 10 s" in done.text and "another job is at work in this run folder (process " in done.text
     after = sorted(
         (path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file() and path.name != ".lock"
     )
