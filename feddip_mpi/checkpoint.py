@@ -8,18 +8,18 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from feddip_mpi import __version__, config, hdf5, masks, metrics, run_folder, runtime
-from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
+from feddip_mpi.errors import DamagedFileError, FeddipError, InputError, UnreadableFileError
 from feddip_mpi.hdf5 import Item, Reader
 from feddip_mpi.residuals import Residual
 from feddip_mpi.server import Server
@@ -32,6 +32,9 @@ _NAME = re.compile(r"round-(\d{6,})\.h5")
 _SPARSE_BELOW = 0.5
 _PART = 1 << 20
 _CLASS_NAMES = "model/class_names"
+_PAUSES = (0.5, 2.0, 5.0)  # seconds, between tries to read a file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -206,9 +209,25 @@ def load(path: Path) -> Loaded:
     Raises:
         InputError: no such file, or written by a newer version.
         DamagedFileError: damaged or unfinished; says where.
+        UnreadableFileError: it could not be read, also not a few seconds later.
     """
-    with hdf5.open_file(path) as reader:
-        return _loaded(reader, check_format(reader))
+
+    def read() -> Loaded:
+        with hdf5.open_file(path) as reader:
+            return _loaded(reader, check_format(reader))
+
+    return _patiently(read)
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again for some seconds where a file system answers with an error (a stale handle)."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except UnreadableFileError as error:
+            runtime.log.warning("%s; tries again in %g s", error, pause)
+            time.sleep(pause)
+    return read()
 
 
 def _loaded(reader: Reader, attributes: dict[str, Any]) -> Loaded:
@@ -318,9 +337,13 @@ def read_partition(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def residual_rounds(path: Path) -> dict[int, int]:
     """The round in which each client left its residual, in client order; clients without one are left out."""
-    with hdf5.open_file(path) as reader:
-        values = [name for name in reader.names("clients/") if name.endswith("/residual/values")]
-        return dict(sorted((int(name.split("/")[1]), int(reader.attribute(name, "round"))) for name in values))
+
+    def read() -> dict[int, int]:
+        with hdf5.open_file(path) as reader:
+            values = [name for name in reader.names("clients/") if name.endswith("/residual/values")]
+            return dict(sorted((int(name.split("/")[1]), int(reader.attribute(name, "round"))) for name in values))
+
+    return _patiently(read)
 
 
 def residual_bytes(path: Path) -> dict[int, int]:
@@ -354,6 +377,7 @@ def newest(folder: Path) -> tuple[Loaded, list[str]]:
     Raises:
         InputError: there is none at all, or the newest is of a newer format.
         DamagedFileError: none verifies; lists the reasons.
+        UnreadableFileError: the newest that may verify could not be read; nothing older is taken for it.
     """
     refused: list[str] = []
     paths = listed(folder)
@@ -366,6 +390,10 @@ def newest(folder: Path) -> tuple[Loaded, list[str]]:
             return load(path), refused
         except DamagedFileError as error:
             refused.append(str(error))
+        except InputError:
+            if path in listed(folder):  # of a newer format
+                raise
+            return newest(folder)  # deleted since it was listed, because newer ones are there
     raise DamagedFileError("no checkpoint of this run can be read:\n  " + "\n  ".join(refused))
 
 

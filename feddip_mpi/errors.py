@@ -24,6 +24,10 @@ class DamagedFileError(FeddipError):
     exit_code = 3
 
 
+class UnreadableFileError(FeddipError):
+    """A file of ours is there and cannot be read now, which says nothing about its content: nothing else may take its place."""
+
+
 class NumericalError(FeddipError):
     """A loss or an update is NaN or infinite: training cannot go on from here."""
 
