@@ -162,6 +162,11 @@ def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environment
 
 
+def in_batch_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs in a job of Slurm, PBS or LSF: nobody waits at a terminal."""
+    return any(name in environment for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
+
+
 def launcher_words(launcher: str) -> list[str]:
     """A `--launcher` as words. Raises InputError where a shell could not read it."""
     try:

@@ -25,6 +25,7 @@ from feddip_mpi import (
     metrics,
     recovery,
     rounds,
+    run_folder,
     runtime,
     schedules,
     scoring,
@@ -47,9 +48,6 @@ from feddip_mpi.settings import Config
 from feddip_mpi.summary import summarise
 
 T = TypeVar("T")
-
-# The lock of a rank that has died is free as soon as its kernel has cleaned up; on a network a moment later.
-_LOCK_SECONDS = 10.0
 
 
 def on_root(comm: Communicator, work: Callable[[], T]) -> T:
@@ -165,15 +163,15 @@ def _resume(
     def read() -> list[Any]:
         if not folder.path.is_dir():
             raise InputError(f"{folder.path}: no such run folder; `train` prints the name of the one it makes")
-        saved = bool(checkpoint.listed(folder.checkpoints))
-        if saved or folder.config.exists():  # anything else is no run folder, and nothing is written there
-            _hold(held, Lock(folder))
+        if folder.config.exists() or checkpoint.listed(folder.checkpoints):  # nothing is written to any other folder
+            _hold(held, Lock(folder, run_folder.lock_seconds(), lambda: stop.requested))
+        saved = bool(checkpoint.listed(folder.checkpoints))  # the job that had the lock may have saved once more
         if not saved and folder.config.exists():
             settings = config.override(config.load(folder.config), overrides, config.RESUMABLE_KEYS)
             _require_extras(settings)
             return [config.to_dict(settings), [], 0, False]
         found, refused = checkpoint.newest(folder.checkpoints)
-        settings = config.override(found.config, overrides, config.RESUMABLE_KEYS)
+        settings = config.override(_last_told(folder, found), overrides, config.RESUMABLE_KEYS)
         _require_extras(settings)
         _check_rounds(settings, found)
         loaded.append(found)
@@ -202,6 +200,31 @@ def _resume(
     _play(built, run, state, history)
 
 
+def _last_told(folder: RunFolder, found: Loaded) -> Config:
+    """The configuration that the last start went by, as the folder has it.
+
+    The checkpoint's lacks what `--set` has changed where that start ended before it could save. Raises InputError where the
+    folder's cannot be read, or is another run's.
+    """
+    if not folder.config.exists():
+        return found.config
+    try:
+        told = config.load(folder.config)
+        saved, now = config.flat(found.config), config.flat(told)
+        differing = [key for key in saved if saved[key] != now[key] and key not in config.RESUMABLE_KEYS]
+        if differing:
+            lines = [f"  {key} is {now[key]!r}, but {saved[key]!r} in {found.path.name}" for key in differing]
+            raise InputError(
+                "\n".join([f"{folder.config}: says what cannot change in a resumed run, or is another run's:", *lines])
+            )
+    except InputError as error:
+        raise InputError(
+            f"{error}\n  mend this file; or remove it, and `resume` goes on as {found.path.name} says, without what "
+            "--set has changed since"
+        ) from None
+    return told
+
+
 def _require_extras(settings: Config) -> None:
     if settings.tensorboard:
         metrics.require_tensorboard()
@@ -215,25 +238,24 @@ def _check_rounds(settings: Config, found: Loaded) -> None:
     """Raises InputError for a number of rounds that is past, or that leaves no mask update to reach the final sparsity."""
     done = found.server.round
     if settings.rounds < done:
-        raise InputError(
-            f"--set rounds={settings.rounds}: the run has finished {done} rounds; rounds must be at least that"
-        )
+        raise InputError(f"rounds={settings.rounds}: the run has finished {done} rounds; rounds must be at least that")
     prunes = methods.named(settings.method).ends_at_final(settings)
     reached = found.server.support.count <= masks.kept_count(found.server.support.size, settings.sparsity.final)
     share = settings.mask.freeze_after
     if prunes and not reached and schedules.last_mask_update(settings.rounds, share) <= done:
         enough = next(n for n in itertools.count(done) if schedules.last_mask_update(n, share) > done)
         raise InputError(
-            f"--set rounds={settings.rounds}: the last mask update would belong to a round that is over ({done} are), and "
+            f"rounds={settings.rounds}: the last mask update would belong to a round that is over ({done} are), and "
             f"the model has {masks.sparsity(found.server.mask):.4f} of sparsity.final = {settings.sparsity.final}; rounds "
             f"must be at least {enough}"
         )
 
 
 def _reopen(folder: RunFolder, settings: Config) -> None:
-    folder.finished.unlink(missing_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
+    # In this order: a start that ends in between must not leave a run that was finished, and nothing of what it was told.
     hdf5.write_text(folder.config, config.to_yaml(settings))
+    folder.finished.unlink(missing_ok=True)
 
 
 def _default_folder(config_path: str) -> Path:
@@ -459,19 +481,13 @@ def _recover(
 
 
 def _take_over_folder(comm: Communicator, run: Run) -> None:
-    """Lock and log go to the new rank 0. Raises InputError on all ranks where the old one still lives somewhere."""
+    """Lock and log go to the new rank 0. Raises FolderBusy on all ranks where the old one still lives somewhere."""
     runtime.start_log(run.folder.path, comm.rank)
 
     def lock() -> None:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while not run.owner:
-            try:
-                _hold(run.held, Lock(run.folder))
-                run.owner = True
-            except InputError:  # the kernel may still be at the dead process's files
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        if not run.owner:
+            _hold(run.held, Lock(run.folder, run_folder.lock_seconds(), lambda: run.stop.requested))
+            run.owner = True
 
     on_root(comm, lock)
 

@@ -60,3 +60,62 @@ def test_a_signal_before_the_first_round_waits_for_it(tmp_path: Path) -> None:
     """
     done = bash(script)
     assert "code 75" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_task_of_an_array_asks_for_itself(tmp_path: Path) -> None:
+    """Its SLURM_JOB_ID may be that of the whole array, of which squeue lists every task."""
+    script = """
+        SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=3
+        source jobs/lib.sh
+        squeue() { [[ $3 == 7_3 ]] && echo RUNNING || printf '%s\n' RUNNING PENDING; }
+        scontrol() { echo "scontrol $*"; }
+        REQUEUE=1
+        requeue
+    """
+    done = bash(script)
+    assert "scontrol requeue 7_3\n" in done.stdout, done.stdout + done.stderr
+
+
+# A job whose launcher ends with 7, as the program does where another job has the run folder; $1 is its start.
+BUSY = """
+    mkdir -p {folder}/run/checkpoints
+    touch {folder}/run/config.yaml {folder}/run/checkpoints/round-000004.h5
+    printf '#!/bin/sh\\nexit 7\\n' >{folder}/launcher
+    chmod +x {folder}/launcher
+    start() (
+        RUN={folder}/run CONFIG=none LAUNCHER=mpirun MPIRUN={folder}/launcher LAUNCH_OPTIONS=() REQUEUE=1
+        SLURM_JOB_ID=7 SLURM_RESTART_COUNT=$1
+        source jobs/lib.sh
+        squeue() {{ echo RUNNING; }}
+        scontrol() {{ echo "scontrol $*"; }}
+        run_job
+        exit
+    )
+"""
+
+
+def test_a_run_folder_that_another_job_has_is_tried_once_more(tmp_path: Path) -> None:
+    """A file server may keep the lock of a node that died for some minutes. That is not what `no progress` means."""
+    script = BUSY.format(folder=tmp_path) + "for n in 0 1; do start $n; echo code $?; done"
+    done = bash(script)
+    assert done.stdout.count("scontrol requeue 7\n") == 1 and done.stdout.count("code 7\n") == 2, (
+        done.stdout + done.stderr
+    )
+    assert "as at the last start" in done.stderr and "no progress" not in done.stderr
+
+
+def test_a_chain_outlives_a_lock_that_is_not_free_yet(tmp_path: Path) -> None:
+    script = (
+        BUSY.format(folder=tmp_path)
+        + f"""
+        printf '#!/bin/sh\\necho 8\\n' >{tmp_path}/sbatch
+        printf '#!/bin/sh\\necho scancel $*\\n' >{tmp_path}/scancel
+        chmod +x {tmp_path}/sbatch {tmp_path}/scancel
+        export PATH={tmp_path}:$PATH RUN={tmp_path}/run MPIRUN={tmp_path}/launcher
+        SLURM_JOB_ID=6 CHAIN_LINK=2 CHAIN_PREVIOUS=5 bash jobs/slurm-chain.sh; echo code $?
+        SLURM_JOB_ID=7 CHAIN_LINK=3 CHAIN_PREVIOUS=6 bash jobs/slurm-chain.sh; echo code $?
+    """
+    )
+    done = bash(script)
+    first, second, _ = done.stdout.split("code 7\n")
+    assert "scancel" not in first and "scancel 8" in second, done.stdout + done.stderr

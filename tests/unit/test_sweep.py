@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from feddip_mpi import config, run_folder, settings
-from feddip_mpi.errors import InputError, Stopped
+from feddip_mpi.errors import FolderBusy, InputError, Stopped
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.sweep import command, estimate, grid, labels, runner, slurm, states
 from feddip_mpi.sweep.grid import Cell
@@ -206,6 +206,35 @@ def test_whoever_looks_keeps_no_job_out(tmp_path: Path, monkeypatch: pytest.Monk
         fcntl.flock(file, fcntl.LOCK_SH)
         with pytest.raises(InputError, match="another job is at work"):
             Lock(folder)
+
+
+def test_a_lock_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file server may keep that of a node that died for a while."""
+    folder = begun(cells("grid: {seed: [1]}")[0], tmp_path)
+    dead = Lock(folder)
+    threading.Timer(0.5, dead.release).start()
+    Lock(folder, 30).release()
+    assert caplog.text.count("waits up to 30 s for another job to leave this run folder (process") == 1
+    alive = Lock(folder)
+    with pytest.raises(
+        FolderBusy, match=r"another job is at work .*, also after 0.2 s of waiting; wait for its end"
+    ) as caught:
+        Lock(folder, 0.2)
+    assert caught.value.exit_code == 7
+    with pytest.raises(FolderBusy):
+        Lock(folder, 30, lambda: True)  # a signal came
+    alive.release()
+
+
+def test_a_lock_is_waited_for_longer_where_nobody_sits_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+    for name in jobs:
+        monkeypatch.delenv(name, raising=False)
+    assert run_folder.lock_seconds() == 10
+    for name in jobs:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "7")
+            assert run_folder.lock_seconds() == 300
 
 
 def test_missing_data_is_found_before_the_first_cell(tmp_path: Path) -> None:

@@ -237,6 +237,32 @@ def test_old_files_go_when_the_new_one_is_there(tmp_path: Path, monkeypatch: pyt
     assert run.names() == ["round-000002.h5"]
 
 
+def test_an_old_file_that_cannot_go_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, keep=1)
+    run.play()
+    run.save()
+    with monkeypatch.context() as patch:
+        unlink = Path.unlink
+
+        def stale(path: Path, missing_ok: bool = False) -> None:
+            if path.name == "round-000001.h5":
+                raise OSError(116, "Stale file handle")
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", stale)
+        run.play()
+        run.save()
+        run.saver.wait()
+    assert run.saved() == [1, 2]
+    assert "round-000001.h5: cannot be tidied up (Stale file handle)" in caplog.text
+    run.play()
+    run.save()
+    run.saver.wait()
+    assert run.saved() == [3]
+
+
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.play()
