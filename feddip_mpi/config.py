@@ -48,7 +48,7 @@ def holds_own_data(settings: Config) -> bool:
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `KEY=VALUE` overrides, validate.
+    """Read a YAML file, apply `KEY=VALUE` overrides, validate. Paths are `located`.
 
     Raises:
         InputError: the file cannot be read or is not YAML, or any key or value is wrong (all problems at once).
@@ -59,7 +59,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
         raise InputError(
             f"cannot read the configuration {str(path)!r}: {error}; name a YAML file (see configs/)"
         ) from None
-    return parse(text, overrides, source=str(path))
+    return located(parse(text, overrides, source=str(path)))
 
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration") -> Config:
@@ -111,7 +111,7 @@ def validate(values: Mapping[str, Any], source: str = "configuration") -> Config
 def override(
     config: Config, overrides: Sequence[str], allowed: Sequence[str] | None = None, place: str = "a resumed run"
 ) -> Config:
-    """A validated copy of `config` with `KEY=VALUE` overrides; `allowed` limits the keys, `place` says to whom."""
+    """A validated, `located` copy with `KEY=VALUE` overrides; `allowed` limits the keys, `place` says to whom."""
     values = to_dict(config)
     for item in overrides:
         key = item.split("=", 1)[0].strip()
@@ -121,7 +121,24 @@ def override(
                 "start a new run with `train` to change anything else"
             )
         _apply_override(values, item)
-    return validate(values, "--set")
+    return located(validate(values, "--set"))
+
+
+def located(settings: Config) -> Config:
+    """A copy whose folders and files are named from the root: what a run folder says must hold in every other folder too.
+
+    `data.path` may be no path to a function of the user's own: there it stays as it is where nothing has that name.
+    """
+    data, upload = settings.data, settings.upload
+    if data.path and (":" not in data.name or os.path.exists(os.path.expanduser(data.path))):
+        data = data.model_copy(update={"path": _absolute(data.path)})
+    if upload.residual_folder:
+        upload = upload.model_copy(update={"residual_folder": _absolute(upload.residual_folder)})
+    return settings.model_copy(update={"data": data, "upload": upload})
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ file too:
     metadata       `shapes`: JSON, from NAME to its shape, of the tensors that are not stored dense
 
 All three carry the same bits. A fourth, `small`, is for networks that have lost whole channels (`method: prunetrain`): the
-tensors of the smaller network, which `load_small` builds. `READ_SPARSE` reads the sparse form with numpy and safetensors alone.
+tensors of the smaller network, which `load_small` builds. `READ_SPARSE` reads the sparse form without this package.
 """
 
 from __future__ import annotations
@@ -48,12 +48,17 @@ from safetensors import safe_open
 with safe_open(FILE, "numpy") as f:
     state = {name: f.get_tensor(name) for name in f.keys()}
     shapes = json.loads(f.metadata()["shapes"])
+
 for name, shape in shapes.items():
     flat = np.zeros(np.prod(shape, dtype=int), np.float32)
     gaps, mask = state.pop(name + "::gaps", None), state.pop(name + "::mask", None)
     where = np.unpackbits(mask, count=flat.size) == 1 if gaps is None else np.cumsum(gaps, dtype=int)[gaps < 255]
     flat[where] = state.pop(name + "::values")
     state[name] = flat.reshape(shape)
+
+import torch  # what is above needs numpy and safetensors alone
+
+model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
 """
 
 
@@ -157,11 +162,10 @@ def report(exported: Exported) -> str:
         if exported.ratio <= 1.05:
             lines.append("no smaller: few or no channels are without weights (`method: prunetrain` removes whole ones)")
     else:
-        snippet = "".join(f"    {line}" for line in READ_SPARSE.replace("FILE", file).splitlines(keepends=True))
         lines.append("for storing and sending: only the weights that are left; reading it gives the dense tensors back")
         lines.append(
-            f"read it: model.load_state_dict(feddip_mpi.export.load_sparse({file})), or with "
-            f"numpy and safetensors alone:\n\n{snippet}"
+            f"read it: model.load_state_dict(feddip_mpi.export.load_sparse({file})), or without this package:\n\n"
+            + READ_SPARSE.replace("FILE", file)
         )
     if exported.form != "small":
         lines.append(f"model: {exported.network}, or your own copy of this network")
@@ -339,7 +343,7 @@ def from_gaps(gaps: np.ndarray) -> np.ndarray:
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the sparse form back as a state dict, dense, all bits as exported.
 
-    Without this package: `READ_SPARSE` is the same with numpy and safetensors alone; `export` prints it.
+    Without this package: `READ_SPARSE` is the same; `export` prints it.
 
     Raises:
         InputError: there is no such file, or it is not of this form.

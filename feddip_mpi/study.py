@@ -167,13 +167,12 @@ def prepare(config_path: str, overrides: Sequence[str], settings: Settings, out:
                 f"{settings.ranks[-1]} ranks; --set clients={needed}, fewer --ranks, or --kind strong"
             )
     folder = Path(out) if out else Path("runs") / f"study-{Path(config_path).stem}"
-    text = config.to_yaml(loaded)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "study.json").exists())):
         raise InputError(f"--out {folder}: exists and is no study; name a new folder")
     if (folder / "study.json").exists():
         before = load(folder)
         same = all(getattr(before, name) == getattr(settings, name) for name in ("rounds", "warm_up", "per_rank"))
-        if not same or (folder / "config.yaml").read_text(encoding="utf-8") != text:
+        if not same or config.load(folder / "config.yaml") != loaded:
             raise InputError(
                 f"--out {folder}: holds a study of another configuration (or other --rounds, --warm-up, --per-rank): its runs "
                 "would not compare with these; name another folder"
@@ -181,7 +180,7 @@ def prepare(config_path: str, overrides: Sequence[str], settings: Settings, out:
         settings = _joined(before, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hdf5.write_text(folder / "config.yaml", text)
+        hdf5.write_text(folder / "config.yaml", config.to_yaml(loaded))
         hdf5.write_text(folder / "study.json", json.dumps(asdict(settings), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error}); name a folder you may write to") from None

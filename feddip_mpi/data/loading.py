@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,10 @@ def _single_file(config: DataConfig, suffixes: tuple[str, ...]) -> Path:
     if path is None:
         raise InputError(
             f"data.path: not set; data.name={config.name} needs the {wanted} file there or in ${places.ENVIRONMENT_KEY}"
+        )
+    if not os.path.lexists(path):
+        raise InputError(
+            f"data.path: {path}: no such file; data.name={config.name} needs a {wanted} file: --set data.path=FILE names it"
         )
     if not path.is_dir():
         return path

@@ -39,7 +39,9 @@ def read_npz(path: Path) -> Dataset:
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path}: damaged: expected an npz file of plain arrays, found: {error}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise InputError(
+            f"data.path: {path}: cannot be read: {error.strerror or error}; --set data.path=FILE names another file"
+        ) from None
     return _build(arrays, "npz", path)
 
 

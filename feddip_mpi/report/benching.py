@@ -115,6 +115,8 @@ def remarks(result: Json) -> list[str]:
         said.append("checked: all ranks hold the same result; allgatherv, sharded and node bit for bit the same one")
     if result["unchecked"]:
         said.append(f"not compared (nothing to compare with): {', '.join(result['unchecked'])}")
+    if result["nodes"] == 1 < result["ranks"] and any(case["mode"] == "node" for case in result["cases"]):
+        said.append("node: all ranks share one node's memory; MPI is handed the lengths of payloads alone")
     cold = [" ".join(filter(None, _name(case))) for case in result["cases"] if case["cold"]]
     if cold:
         said.append(f"one cold run only: {', '.join(cold)}")

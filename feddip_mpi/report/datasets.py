@@ -19,6 +19,8 @@ _MOST_CLASSES = 12  # columns of counts that fit 80 characters
 
 def show_places(config: DataConfig) -> None:
     """Every public data set: its folder, or where it was looked for and how to get it."""
+    if config.name not in KNOWN:  # then data.path names other data, and says nothing of these
+        config = config.model_copy(update={"path": None})
     table = terminal.table("data set", "found in")
     for location in data.find(config):
         known = KNOWN[location.name]

@@ -227,7 +227,7 @@ def _build(
         try:
             for key, value in keys.items():
                 config.set_key(values, key, value, f"cell {name}")
-            made = config.validate(values, f"cell {name}")
+            made = config.located(config.validate(values, f"cell {name}"))
         except InputError as error:
             said = str(error).split("\n")[1:] or [str(error)]
             for line in said:

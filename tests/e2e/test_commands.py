@@ -200,6 +200,25 @@ def test_evaluate_refuses_other_data(trained: Path, tmp_path: Path, feddip: Comm
     assert "trained on 'other data'" in done.stderr and "data.path" in done.stderr
 
 
+def test_a_run_is_evaluated_and_resumed_from_any_folder(
+    tiny_config: Path, tmp_path: Path, feddip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data had been named from the folder where it was started."""
+    import numpy as np
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pixels, labels = np.arange(40 * 144, dtype=np.uint8).reshape(40, 12, 12), np.arange(40) % 4
+    np.savez("mine.npz", train_images=pixels, train_labels=labels, test_images=pixels[:8], test_labels=labels[:8])
+    words = settings("data.name=npz", "data.path=mine.npz", "model.name=lenet5", "rounds=1")
+    done = feddip("train", str(tiny_config), *words, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir("/")
+    for command in (["evaluate", str(tmp_path / "run")], ["resume", str(tmp_path / "run"), "--set", "rounds=2"]):
+        done = feddip(*command)
+        assert done.returncode == 0, done.stderr
+
+
 # plan
 
 

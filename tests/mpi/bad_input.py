@@ -357,7 +357,7 @@ def _npz_files(folder: Path) -> Found:
     yield "npz", folder / "objects.npz", INPUT, ["never unpickled"]
     np.savez(folder / "renamed.npz", x_train=_pixels(3, 4, 4))
     yield "npz", folder / "renamed.npz", INPUT, ["expected the arrays train_images", "found x_train"]
-    yield "npz", folder / "nowhere.npz", INPUT, ["No such file"]
+    yield "npz", folder / "nowhere.npz", INPUT, ["data.path", "no such file", "--set data.path=FILE"]
     (folder / "no npz").mkdir()
     yield "npz", folder / "no npz", INPUT, ["expected one .npz file in this folder, found none"]
 
@@ -398,7 +398,7 @@ def _hdf5_files(folder: Path) -> Found:
         path = folder / f"{label} file.h5"
         path.write_bytes(content)
         yield "hdf5", path, DAMAGED, ["cannot be read as HDF5", "truncated or damaged"]
-    yield "hdf5", folder / "nowhere.h5", INPUT, ["no such file"]
+    yield "hdf5", folder / "nowhere.h5", INPUT, ["data.path", "no such file", "--set data.path=FILE"]
 
 
 # Checkpoints

@@ -54,6 +54,7 @@ def test_bytes_are_those_of_the_buffers(tmp_path: Path) -> None:
     gathered = cases["allgatherv"]["received"]
     assert gathered["values"] == 256 + 2  # one block: its codes and its scale
     assert cases["dense"]["sent"]["total"] == 4 * 256
+    assert cases["node"]["sent"] == {"total": 8, "values": 0, "indices": 0, "other": 0, "frame": 8}  # one node
     assert not result["overlap"]
 
 

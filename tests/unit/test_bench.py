@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alone import Alone
 
 from feddip_mpi.bench import contenders, exchange, inputs
 from feddip_mpi.bench.options import CONTENDERS, DEFAULT_SIZE, Options
@@ -112,6 +113,26 @@ def test_bytes_that_are_nothing_else_are_frames() -> None:
     assert exchange.by_kind(Bytes(values=10), 0) == [0, 0, 0, 0]  # another rank of the node sends for this one
 
 
+class OneNode(Alone):
+    """Two ranks that share memory; both hand over the same."""
+
+    size = 2
+
+    def nodes(self) -> list[list[int]]:
+        return [[0, 1]]
+
+    def gather(self, row: np.ndarray) -> np.ndarray:
+        return np.stack([row, row])
+
+
+def test_within_a_node_only_lengths_are_handed_to_mpi() -> None:
+    options, comm = Options(size=1000), OneNode()
+    desk = contenders.Desk.of(comm, options, inputs.make(options, 1000, 1000, 0, 2))  # type: ignore[arg-type]
+    node = contenders.ByExchange(desk, "node", 0.95, "int8", inputs.support(options, 1000, 0.95))
+    sent, received = node._bytes(Bytes(values=50, frame=16), Bytes(), Bytes())
+    assert exchange.by_kind(sent, 8) == exchange.by_kind(received, 8) == [0, 0, 0, 8]
+
+
 def case(mode: str, median: float, received: int, **more: object) -> dict:
     kinds = {"values": received, "indices": 0, "other": 0, "frame": 0}
     return {
@@ -162,7 +183,7 @@ def test_nothing_that_was_left_out_goes_unsaid(result: dict, capsys: pytest.Capt
     benching.show(result)
     shown = capsys.readouterr().out
     for said in ("left out: x: 1 of 5", "cold run only: node 0.95 int8", "not compared", "PREDICTED", "20 us a step",
-                 "100 Mbit/s", "from 3 ranks on", "MPI_Allreduce"):  # fmt: skip
+                 "100 Mbit/s", "from 3 ranks on", "MPI_Allreduce", "lengths of payloads alone"):  # fmt: skip
         assert said in shown, said
     result |= {"networks": [], "predicted": []}
     benching.show(result)

@@ -317,6 +317,27 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         config.load(tmp_path / "bad.yaml")
 
 
+def test_paths_hold_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `load` and `override` return is stored, and read again from other folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    Path("mine.yaml").write_text("data: {name: npz, path: mine.npz}\nupload: {residual_folder: scratch}\n")
+    loaded = config.load("mine.yaml")
+    assert (loaded.data.path, loaded.upload.residual_folder) == (str(tmp_path / "mine.npz"), str(tmp_path / "scratch"))
+    assert config.load("mine.yaml", ["data.path=../other.npz"]).data.path == str(tmp_path.parent / "other.npz")
+    assert config.override(loaded, ["data.path=~/x.npz"], config.RESUMABLE_KEYS).data.path == "/home/me/x.npz"
+    assert config.load("mine.yaml", ["data.path=none"]).data.path is None
+    monkeypatch.chdir("/")
+    assert config.parse(config.to_yaml(loaded)) == config.override(loaded, []) == loaded
+
+
+def test_what_a_function_of_your_own_reads_need_be_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("data: {name: 'mine:load'}\n")
+    assert config.load("mine.yaml", ["data.path=s3://bucket"]).data.path == "s3://bucket"
+    assert config.load("mine.yaml", ["data.path=mine.yaml"]).data.path == str(tmp_path / "mine.yaml")
+
+
 def test_the_reference_has_one_row_per_key_with_its_range() -> None:
     rows = config.reference().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(config.keys())

@@ -15,6 +15,7 @@ from feddip_mpi import data
 from feddip_mpi.data import catalog, download, places
 from feddip_mpi.data.catalog import KNOWN, Remote
 from feddip_mpi.errors import InputError, NumericalError
+from feddip_mpi.report import datasets
 from feddip_mpi.settings import DataConfig
 
 IDX_SHAPES = ((3, 28, 28), (3,), (2, 28, 28), (2,))
@@ -67,6 +68,17 @@ def test_find_reports_every_public_data_set(tmp_path):
     assert found["fashion-mnist"].folder == tmp_path / "usual two" / "fashion-mnist"
     assert found["mnist"].folder is None
     assert found["mnist"].searched[0] == tmp_path / "usual one" / "mnist"
+
+
+def test_a_path_of_other_data_hides_no_public_data_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = put_idx(tmp_path / "usual two" / "fashion-mnist")
+    for name in ("npz", "hdf5", "synthetic", "package.module:function"):
+        datasets.show_places(config(name, path=str(tmp_path / "mine.npz")))
+        shown = capsys.readouterr().out
+        assert str(folder) in shown and "mine.npz" not in shown
+    datasets.show_places(config("fashion-mnist", path=str(tmp_path / "empty")))
+    assert "empty" in capsys.readouterr().out
 
 
 def test_files_of_fashion_mnist_are_not_taken_for_mnist(tmp_path):

@@ -345,7 +345,15 @@ def test_a_folder_for_npz_must_hold_one_file(tmp_path):
     refused("npz", tmp_path, tmp_path, "expected one .npz file in this folder, found none")
     npz(tmp_path / "a.npz"), npz(tmp_path / "b.npz")
     refused("npz", tmp_path, tmp_path, "found a.npz, b.npz")
-    refused("npz", tmp_path / "c.npz", tmp_path / "c.npz", "cannot be read: No such file")
+    refused(
+        "npz",
+        tmp_path / "c.npz",
+        tmp_path / "c.npz",
+        "no such file; data.name=npz needs a .npz file: --set data.path=FILE",
+    )
+    refused(
+        "hdf5", tmp_path / "c.h5", tmp_path / "c.h5", "no such file; data.name=hdf5 needs a .h5 or .hdf5 file: --set"
+    )
 
 
 def refused(name, path, named, message):

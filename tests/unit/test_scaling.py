@@ -282,15 +282,16 @@ def test_a_study_that_cannot_be_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_study_grows_and_keeps_its_configuration(tiny: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "study")
-    study.prepare(str(tiny), [], Settings(ranks=(1,), kinds=("weak",)), out)
-    folder = study.prepare(str(tiny), [], Settings(ranks=(4,), kinds=("strong",), repeats=2), out)
+    study.prepare(str(tiny), ["data.path=arrays"], Settings(ranks=(1,), kinds=("weak",)), out)
+    folder = study.prepare(str(tiny), ["data.path=arrays"], Settings(ranks=(4,), kinds=("strong",), repeats=2), out)
     joined = study.load(folder)
     assert (joined.ranks, joined.kinds, joined.repeats) == ((1, 4), ("strong", "weak"), 2)
     assert [cell.name for cell in joined.cells()][:3] == ["strong-1", "strong-1.2", "strong-4"]
+    assert config.load(folder / "config.yaml").data.path == str(Path("arrays").absolute())
     with pytest.raises(InputError, match="another configuration"):
-        study.prepare(str(tiny), ["seed=2"], Settings(), out)
+        study.prepare(str(tiny), ["data.path=arrays", "seed=2"], Settings(), out)
     with pytest.raises(InputError, match="another configuration"):
-        study.prepare(str(tiny), [], Settings(rounds=20), out)
+        study.prepare(str(tiny), ["data.path=arrays"], Settings(rounds=20), out)
     (folder / "study.json").write_text('{"ranks": 3}')
     with pytest.raises(InputError, match="study.json"):
         study.load(folder)

@@ -1,8 +1,10 @@
-<<<<<<< HEAD
-"""Commands of one rank without MPI, from their start to the folder that they leave."""
+"""A start: what it finds in its folder, and what it leaves there; commands of one rank without MPI."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ import torch
 from alone import Alone
 from test_methods import settings
 
-from feddip_mpi import checkpoint, config, federation, rounds, runtime, scoring, server, session
-from feddip_mpi.errors import Stopped
+from feddip_mpi import checkpoint, config, federation, hdf5, rounds, runtime, scoring, server, session
+from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.metrics import Record
+from feddip_mpi.run_folder import RunFolder
+
+SAVED = config.validate({"rounds": 4, "seed": 7})
 
 
 @pytest.fixture
@@ -67,22 +72,6 @@ def test_a_run_that_goes_on_is_not_finished(
     stop.requested = False
     session.resume(Alone(), str(run), [])
     assert finished(run)["rounds"] == 4
-=======
-"""What a start finds in its folder, and what it leaves there, without ranks and rounds."""
-
-from __future__ import annotations
-
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
-import pytest
-
-from feddip_mpi import config, hdf5, session
-from feddip_mpi.errors import InputError
-from feddip_mpi.run_folder import RunFolder
-
-SAVED = config.validate({"rounds": 4, "seed": 7})
 
 
 def last_told(folder: Path) -> config.Config:
@@ -128,4 +117,3 @@ def test_a_finished_run_is_not_reopened_before_its_new_configuration_is_there(
     assert folder.finished.exists()
     session._reopen(folder, SAVED)
     assert not folder.finished.exists() and config.load(folder.config) == SAVED
->>>>>>> faults-2

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -266,7 +267,9 @@ def test_own_arrays_from_another_file_are_other_data(tmp_path: Path) -> None:
     (new,) = cells("grid: {seed: [1]}", "set: {data.name: npz, data.path: other.npz}")
     state = states.look(new, tmp_path)
     assert state.kind == states.REFUSED
-    assert "data.path is 'one.npz' there, 'other.npz' in the grid" in state.remark
+    one, other = (str(Path(name).absolute()) for name in ("one.npz", "other.npz"))
+    assert f"data.path is {one!r} there, {other!r} in the grid" in state.remark
+    assert states.look(old, tmp_path).kind == states.FINISHED
 
 
 def test_foreign_and_damaged_folders_are_refused(tmp_path: Path) -> None:
