@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from feddip_mpi import output
 from feddip_mpi.errors import InputError
 from feddip_mpi.settings import Config
 
@@ -358,6 +359,8 @@ class StopFlag:
 
 # A watchdog that looks so many seconds late has been suspended with its process.
 _LATE = 5.0
+# Saying why a process ends must not keep it from ending.
+_LAST_WORDS_SECONDS = 5.0
 
 
 class Watchdog:
@@ -370,13 +373,13 @@ class Watchdog:
 
     WAITING = ("wait", "exchange", "plan", "evaluate", "commit", "checkpoint", "recover")
 
-    def __init__(self, seconds: float | None, rank: int, abort: Callable[[int], None]) -> None:
+    def __init__(self, seconds: float | None, rank: int, abort: Callable[[int, Callable[[], None]], None]) -> None:
         """Begin to watch.
 
         Args:
             seconds: without progress; None: never ends anything.
             rank: of this process.
-            abort: ends all ranks with an exit code.
+            abort: ends all ranks with an exit code, after a call that says why.
         """
         self._rank, self._abort = rank, abort
         self._entered = ("start", 0, time.monotonic())
@@ -407,18 +410,26 @@ class Watchdog:
             waits = phase in self.WAITING
             if now - max(since, awake) > seconds * (1.25 if waits else 1.0):
                 what = "waits for another rank" if waits else "is stuck"
-                _last_words(
+                words = (
                     f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in phase {phase!r} of round "
                     f"{round + 1}; ending all ranks. `feddip-mpi resume` goes on from the last checkpoint; set watchdog to "
                     "more seconds if this phase may take as long"
                 )
-                self._abort(1)
+                self._abort(1, partial(_last_words, words))
 
 
 def _last_words(text: str) -> None:
     """Why this process ends, and where its threads stand."""
-    print(text, file=sys.stderr, flush=True)
+    output.note(text)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+
+def exit_after(seconds: float, code: int) -> None:
+    """End this process then, whatever it is at: in an MPI library that is stuck, or in words that nobody reads."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError, MemoryError):  # no memory for a thread
+        timer.start()
 
 
 @contextmanager
@@ -426,11 +437,14 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
     """Ends this process with exit code 1 where the block takes longer than `seconds`: `what` names what it waits for."""
 
     def end() -> None:
-        _last_words(
-            f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "
-            "checkpoint"
-        )
-        os._exit(1)
+        exit_after(_LAST_WORDS_SECONDS, 1)  # nobody may read them
+        try:
+            _last_words(
+                f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "
+                "checkpoint"
+            )
+        finally:
+            os._exit(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from feddip_mpi.output import note as note
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -160,11 +162,6 @@ def print_json(value: Any) -> None:
     from feddip_mpi.metrics import without_nan
 
     say(json.dumps(without_nan(value), indent=2, allow_nan=False))
-
-
-def note(text: str) -> None:
-    """A line on stderr, so that stdout stays what was asked for."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def warn_refused(reasons: Sequence[str]) -> None:

@@ -61,6 +61,17 @@ def test_a_rank_that_hangs_is_named_and_ends_all(config: Path, tmp_path: Path) -
     assert saved_rounds(tmp_path / "run") == [1]
 
 
+@pytest.mark.parametrize("fault", ["raise:1:9", "decode:1:6", "hang:1:9"])
+def test_ranks_that_cannot_say_why_end_all(
+    fault: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stderr on a full disk: without its message a failure still ends all ranks, and so does the watchdog."""
+    monkeypatch.setenv("FEDDIP_TEST_MUTE", "1")
+    done = fail(config, tmp_path / "run", fault, watchdog=4 if "hang" in fault else None)
+    assert done.code not in (0, 2, 75) and "Traceback" not in done.text, done.text
+    assert saved_rounds(tmp_path / "run") == [1]
+
+
 @pytest.mark.parametrize("moment", ["begin", "save"])
 def test_failed_save_ends_all_and_keeps_what_was_saved(config: Path, tmp_path: Path, moment: str) -> None:
     """At once, or behind training: then the next save tells it."""

@@ -296,6 +296,29 @@ def test_a_deadline_ends_the_process_and_says_what_it_waited_for() -> None:
         pass
 
 
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_deadline_ends_a_process_that_cannot_say_why(blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stderr is a full disk, or a pipe that nobody reads and that is full."""
+    code = """
+import os, time
+from feddip_mpi import runtime
+runtime._LAST_WORDS_SECONDS = 0.5
+os.set_blocking(2, False)
+try:
+    while os.write(2, bytes(4096)): pass
+except OSError: pass
+os.set_blocking(2, True)
+with runtime.deadline(0.1, "waiting for nobody"): time.sleep(60)
+"""
+    reading, writing = os.pipe()
+    with open("/dev/full", "wb") as full:
+        stderr = writing if blocked else full
+        done = subprocess.run([sys.executable, "-c", code], stderr=stderr, timeout=50, check=False)
+    os.close(reading)
+    os.close(writing)
+    assert done.returncode == 1
+
+
 def test_tf32_without_a_gpu_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "mine")
     with pytest.raises(InputError, match=r"precision: got tf32.*fp32, bf16"):
@@ -381,7 +404,7 @@ WATCHED = """
 import os, time
 from feddip_mpi import runtime
 runtime._LATE = 0.5
-dog = runtime.Watchdog(2.0, 0, os._exit)
+dog = runtime.Watchdog(2.0, 0, lambda code, say_why: (say_why(), os._exit(code)))
 dog.enter("train", 0)
 print("watched", flush=True)
 time.sleep(1)

@@ -9,6 +9,7 @@ FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training 
     begin   (rank and call count as for decode) beginning a checkpoint raises OSError
     save    (likewise) finishing a checkpoint, behind training, raises OSError
     finish  writing finished.json raises OSError (whatever CALL is)
+FEDDIP_TEST_MUTE: stdout and stderr of all ranks are a full disk.
 FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
 """
 
@@ -107,6 +108,9 @@ class Fragile(nn.Module):
         self.calls = 0
         self.pause = float(os.environ.get("FEDDIP_TEST_SLEEP", "0"))
         self.kind, self.call = _fault()
+        if "FEDDIP_TEST_MUTE" in os.environ:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, 1), os.dup2(full, 2)
         if self.kind == "decode":
             codec.read = _failing(codec.read, self.call, PeerError("a frame that this test broke"))
         if self.kind in ("begin", "save"):
