@@ -5,7 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import TextIO
+from typing import TextIO, cast
+
+
+def say(text: str) -> None:
+    """A line on stdout, seen at once also through a pipe."""
+    _show(sys.stdout, f"{text}\n")
 
 
 def note(text: str) -> None:
@@ -24,6 +29,35 @@ def settle() -> None:
     for stream in (sys.stdout, sys.stderr):
         if _write(stream, "") is not None:
             _leave(stream)
+
+
+def stdout() -> TextIO:
+    """stdout as it is now, for what wants a file: writing to it is as `say`."""
+    return cast(TextIO, _Stdout())
+
+
+class _Stdout:
+    def __init__(self) -> None:
+        self._stream, self.encoding = sys.stdout, getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        _show(self._stream, text)
+        return len(text)
+
+    def flush(self) -> None:
+        _show(self._stream, "")
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+
+def _show(stream: TextIO, text: str) -> None:
+    """Where text cannot be written, what is still said there goes nowhere: numbers and log go to their files."""
+    failed = _write(stream, text)
+    if failed is not None:
+        _leave(stream)
+        if not isinstance(failed, BrokenPipeError):  # who says `| head` has seen enough
+            note(f"stdout: cannot be written ({failed}); nothing more is said there")
 
 
 def _write(stream: TextIO | None, text: str) -> Exception | None:

@@ -525,13 +525,12 @@ def _finish(built: Federation, folder: RunFolder, state: State, history: list[Re
     if built.comm.rank != 0:
         return
     summary = summarise(built, history, pruned, memory.top1, state.server.mask)
-    plot = _draw(built, folder, history)
-    terminal.show_summary(summary, folder.path, plot)
     try:
         hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise hdf5.cannot_write(error, folder.finished) from None
     log.info("finished after round %d", state.server.round)
+    terminal.show_summary(summary, folder.path, _draw(built, folder, history))
 
 
 def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Path | None:
@@ -543,5 +542,8 @@ def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Pa
         plots.run_figure(list(history), title, folder.plot)
     except InputError as error:  # matplotlib is an extra: the run is complete without a picture
         log.warning("no plot: %s", error)
+        return None
+    except Exception as error:  # of matplotlib's own, such as fonts that it cannot read
+        log.warning("no plot: %s: %s", type(error).__name__, error)
         return None
     return folder.plot
