@@ -17,6 +17,7 @@ import click
 
 from feddip_mpi import __version__, output
 from feddip_mpi.errors import FeddipError, InputError, RankLost, Stopped
+from feddip_mpi.stopping import StopFlag
 
 if TYPE_CHECKING:
     from feddip_mpi.collectives import Communicator
@@ -50,9 +51,10 @@ def train(config: str, overrides: tuple[str, ...], out: str | None) -> None:
 
     mpirun -n 4 feddip-mpi train configs/quickstart.yaml
     """
+    stop = StopFlag.installed()  # before an import that takes seconds: the default action of these signals is the end
     from feddip_mpi import session
 
-    _under_mpi(lambda comm: session.train(comm, config, overrides, out))
+    _under_mpi(lambda comm: session.train(comm, config, overrides, out, stop))
 
 
 @cli.command()
@@ -63,9 +65,10 @@ def resume(folder: str, overrides: tuple[str, ...]) -> None:
 
     On any number of ranks; --set rounds=N extends a finished run.
     """
+    stop = StopFlag.installed()  # as in `train`
     from feddip_mpi import session
 
-    _under_mpi(lambda comm: session.resume(comm, folder, overrides))
+    _under_mpi(lambda comm: session.resume(comm, folder, overrides, stop))
 
 
 @cli.command()

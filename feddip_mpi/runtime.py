@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from feddip_mpi import output
@@ -37,7 +36,6 @@ _NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.glusterfs",
     "fuse.sshfs", "fuse.ceph", "panfs", "pvfs2", "orangefs", "wekafs", "afs", "9p", "virtiofs",
 }  # fmt: skip
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
@@ -320,41 +318,6 @@ def _peak_resident() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class StopFlag:
-    """Set by TERM, USR1, USR2 or INT; the handler does nothing else. Ranks agree on it at the end of a round.
-
-    A second INT (Ctrl-C again) does not wait for that: it raises KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.name = ""
-        self._since = 0.0
-
-    def expired(self, grace: float) -> bool:
-        """Whether a signal came more than `grace` seconds ago. Cheap enough to be asked for every batch."""
-        return self.requested and time.monotonic() - self._since > grace
-
-    @classmethod
-    def installed(cls) -> StopFlag:
-        """A flag that signals set from now on: first thing in a run, because a signal may come while data is read."""
-        flag = cls()
-        flag.install()
-        return flag
-
-    def install(self) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self._since = time.monotonic()
-        self.requested = True
-        self.name = signal.Signals(number).name
 
 
 # A watchdog that looks so many seconds late has been suspended with its process.

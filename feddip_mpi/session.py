@@ -44,6 +44,7 @@ from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.settings import Config
+from feddip_mpi.stopping import StopFlag
 from feddip_mpi.summary import summarise
 
 T = TypeVar("T")
@@ -67,10 +68,10 @@ def on_root(comm: Communicator, work: Callable[[], T]) -> T:
     return result
 
 
-def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None) -> None:
+def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None, stop: StopFlag) -> None:
     """Start a new run. Raises Stopped when a signal ended it after saving."""
     runtime.check_launch(comm.size)
-    stop = runtime.StopFlag.installed()
+    stop.install()  # again: an MPI library may have taken a signal for itself
 
     def read() -> list[Any]:
         settings = config.load(config_path, overrides)
@@ -104,7 +105,7 @@ class Run:
     """
 
     folder: RunFolder
-    stop: runtime.StopFlag
+    stop: StopFlag
     held: ExitStack
     owner: bool
     created: str = ""
@@ -146,20 +147,18 @@ def _stopped_before(round: int, run: Run) -> Stopped:
     return Stopped(f"stopped by a signal before round {round + 1}; `feddip-mpi resume {run.folder.path}` goes on")
 
 
-def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
+def resume(comm: Communicator, path: str, overrides: Sequence[str], stop: StopFlag) -> None:
     """Go on with a run from its newest checkpoint that verifies, on any number of ranks.
 
     A run that ended before its first checkpoint begins again, as its folder says.
     """
     runtime.check_launch(comm.size)
-    stop = runtime.StopFlag.installed()
+    stop.install()
     with ExitStack() as held:
         _resume(comm, RunFolder(Path(path)), overrides, stop, held)
 
 
-def _resume(
-    comm: Communicator, folder: RunFolder, overrides: Sequence[str], stop: runtime.StopFlag, held: ExitStack
-) -> None:
+def _resume(comm: Communicator, folder: RunFolder, overrides: Sequence[str], stop: StopFlag, held: ExitStack) -> None:
     loaded: list[Loaded] = []
 
     def read() -> list[Any]:

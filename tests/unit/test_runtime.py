@@ -75,37 +75,6 @@ def test_local_rank_table(what: str, rank: int, environment: dict[str, str], exp
     assert runtime.local_rank(rank, 2, environment) == expected
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in runtime.STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
-def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals, handlers: None) -> None:
-    flag = runtime.StopFlag()
-    flag.install()
-    assert not flag.requested
-    os.kill(os.getpid(), number)
-    assert flag.requested
-    assert flag.name == number.name
-
-
-def test_a_second_interrupt_does_not_wait_for_the_round(handlers: None) -> None:
-    flag = runtime.StopFlag()
-    flag.install()
-    os.kill(os.getpid(), signal.SIGUSR1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_batch_systems_can_stop_a_run() -> None:
-    assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} <= set(runtime.STOP_SIGNALS)
-
-
 def test_prepare_mpi_leaves_a_choice_of_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMPI_MCA_osc", raising=False)
     name = "OMPI_MCA_osc"

@@ -30,6 +30,7 @@ from mpi4py import MPI
 from feddip_mpi import cli, rounds, runtime, saver
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.server import Server
+from feddip_mpi.stopping import StopFlag
 
 sys.modules["matplotlib"] = None  # type: ignore[assignment]  # no picture of each run: it takes longer than the run
 
@@ -87,7 +88,7 @@ def main() -> None:
             if "stop_after" in step:
                 stack.enter_context(stopping_after(step["stop_after"]))
             if "abandon" in step:
-                stack.enter_context(mock.patch.object(runtime.StopFlag, "expired", lambda *_: True))
+                stack.enter_context(mock.patch.object(StopFlag, "expired", lambda *_: True))
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
             if "kept_bytes" in step:
