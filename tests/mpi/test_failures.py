@@ -69,7 +69,6 @@ def test_ranks_that_cannot_say_why_end_all(
     monkeypatch.setenv("FEDDIP_TEST_MUTE", "1")
     done = fail(config, tmp_path / "run", fault, watchdog=4 if "hang" in fault else None)
     assert done.code not in (0, 2, 75) and "Traceback" not in done.text, done.text
-    assert saved_rounds(tmp_path / "run") == [1]
 
 
 @pytest.mark.parametrize("moment", ["begin", "save"])
