@@ -345,13 +345,13 @@ class Watchdog:
             abort: ends all ranks with an exit code, after a call that says why.
         """
         self._rank, self._abort = rank, abort
-        self._entered = ("start", 0, time.monotonic())
+        self.enter("start")
         self._closed = threading.Event()
         if seconds is not None:
             threading.Thread(target=self._watch, args=(seconds,), name="watchdog", daemon=True).start()
 
-    def enter(self, phase: str, round: int) -> None:
-        """Progress: this rank now begins `phase` of round t."""
+    def enter(self, phase: str, round: int | None = None) -> None:
+        """Progress: this rank now begins `phase`, of round t or of no round."""
         self._entered = (phase, round, time.monotonic())
 
     def close(self) -> None:
@@ -373,10 +373,11 @@ class Watchdog:
             waits = phase in self.WAITING
             if now - max(since, awake) > seconds * (1.25 if waits else 1.0):
                 what = "waits for another rank" if waits else "is stuck"
+                where = f"phase {phase!r}" + (f" of round {round + 1}" if round is not None else "")
                 words = (
-                    f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in phase {phase!r} of round "
-                    f"{round + 1}; ending all ranks. `feddip-mpi resume` goes on from the last checkpoint; set watchdog to "
-                    "more seconds if this phase may take as long"
+                    f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in {where}; ending all ranks. "
+                    "`feddip-mpi resume` goes on from the last checkpoint; set watchdog to more seconds if this phase may "
+                    "take as long"
                 )
                 self._abort(1, partial(_last_words, words))
 
