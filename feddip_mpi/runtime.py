@@ -137,21 +137,23 @@ def faults(rank: int, environment: Mapping[str, str] = os.environ) -> list[Fault
 
 
 def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a launch in which every process believes that it is alone.
+    """Refuse a launch that falls into several: every process believes that it is alone, or some believe so together.
 
     `srun` without the right PMI, or the mpirun of another MPI, starts P programs of one rank each; all exit 0 and
-    each overwrites the other's files (measured with Open MPI and MPICH, docs/sharp-bits.md).
+    each overwrites the other's files (measured with Open MPI and MPICH, docs/sharp-bits.md). More ranks than the launcher
+    tells of are none of its failures: a heterogeneous step of Slurm counts its parts one by one.
     """
     launched, variable = launched_ranks(environment)
-    if size > 1 or launched <= 1:
+    if size >= launched:
         return
+    seen = f"MPI sees {size} rank{'s' * (size > 1)}"
     if variable.startswith("SLURM_"):
         raise InputError(
-            f"srun started {launched} tasks, but MPI sees 1 rank: the PMI of srun does not fit this MPI library; use "
+            f"srun started {launched} tasks, but {seen}: the PMI of srun does not fit this MPI library; use "
             "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH), or mpirun inside the allocation"
         )
     raise InputError(
-        f"the launcher started {launched} ranks ({variable}), but MPI sees 1 rank: the launcher does not fit the MPI "
+        f"the launcher started {launched} ranks ({variable}), but {seen}: the launcher does not fit the MPI "
         "library that mpi4py loads (`feddip-mpi doctor` names it); use the mpirun or mpiexec that belongs to it"
     )
 

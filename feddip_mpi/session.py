@@ -70,7 +70,7 @@ def on_root(comm: Communicator, work: Callable[[], T]) -> T:
 
 def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None, stop: StopFlag) -> None:
     """Start a new run. Raises Stopped when a signal ended it after saving."""
-    runtime.check_launch(comm.size)
+    on_root(comm, lambda: runtime.check_launch(comm.size))
     stop.install()  # again: an MPI library may have taken a signal for itself
 
     def read() -> list[Any]:
@@ -165,7 +165,7 @@ def resume(comm: Communicator, path: str, overrides: Sequence[str], stop: StopFl
 
     A run that ended before its first checkpoint begins again, as its folder says.
     """
-    runtime.check_launch(comm.size)
+    on_root(comm, lambda: runtime.check_launch(comm.size))
     stop.install()
     with ExitStack() as held:
         _resume(comm, RunFolder(Path(path)), overrides, stop, held)

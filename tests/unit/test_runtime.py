@@ -36,6 +36,9 @@ STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_L
         ("mpirun -n 1 on nodes of a larger job", 1, {**STEP, "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}),
         ("mpiexec -n 1 on nodes of a larger job", 1, {**STEP, "PMI_SIZE": "1", "PMI_RANK": "0"}),
         ("mpirun in sbatch: the daemon's Slurm variables", 4, {**STEP, "OMPI_COMM_WORLD_SIZE": "4"}),
+        ("mpirun -n 2 inside srun -n 4", 2, {**STEP, "OMPI_COMM_WORLD_SIZE": "2"}),
+        ("mpiexec -n 2 inside srun -n 4", 2, {**STEP, "PMI_SIZE": "2"}),
+        ("srun of two parts with 4 tasks each, which count by themselves", 8, {**STEP, "SLURM_STEP_NUM_TASKS": "4"}),
     ],
 )
 def test_good_launches_are_accepted(what: str, size: int, environment: dict[str, str]) -> None:
@@ -54,8 +57,16 @@ def test_good_launches_are_accepted(what: str, size: int, environment: dict[str,
     ],
 )
 def test_launches_of_lonely_processes_are_refused(what: str, environment: dict[str, str]) -> None:
-    with pytest.raises(InputError, match="4 (tasks|ranks).* MPI sees 1.*mpirun"):
+    with pytest.raises(InputError, match="4 (tasks|ranks).* MPI sees 1 rank:.*mpirun"):
         runtime.check_launch(1, environment)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"OMPI_COMM_WORLD_SIZE": "8"}, {"PMI_SIZE": "8"}, {**STEP, "SLURM_NTASKS": "8"}]
+)
+def test_a_launch_that_falls_into_two_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="8 (tasks|ranks).* MPI sees 4 ranks:.*mpirun"):
+        runtime.check_launch(4, environment)
 
 
 @pytest.mark.parametrize(

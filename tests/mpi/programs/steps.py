@@ -6,6 +6,7 @@ STEPS.json is a list of {"argv": [...], ...}; optional keys of a step:
     "stop_after": r   the last rank gets SIGUSR1 in round r; the others must stop with it
     "abandon": true   every round is given up before its first batch, as if a signal had come long ago
     "drift": rank     that rank's weights change by one bit before replicas are compared
+    "launched": n     the launcher says that it has started so many ranks
     "ranks_per_node": n   so many ranks are taken for a node
     "kept_bytes": n   residuals beyond so many bytes are written before training goes on
 RESULTS_FOLDER/rank-N.json: for each step the exit code and what the rank wrote to stdout and stderr.
@@ -93,6 +94,9 @@ def main() -> None:
                 stack.enter_context(drifting(step["drift"]))
             if "kept_bytes" in step:
                 stack.enter_context(mock.patch.object(saver, "_KEPT_BYTES", step["kept_bytes"]))
+            if "launched" in step:
+                told = step["launched"], "PMI_SIZE"
+                stack.enter_context(mock.patch.object(runtime, "launched_ranks", return_value=told))
             if "ranks_per_node" in step:
                 stack.enter_context(mock.patch.object(runtime, "ranks_per_node", return_value=step["ranks_per_node"]))
             ended.append(execute(step["argv"]))
