@@ -395,7 +395,10 @@ def bench_exchange(
 
 
 def _under_mpi(work: Callable[[Communicator], None]) -> None:
-    """Run on every rank. An error that all ranks share ends each with its exit code; any other one ends the job."""
+    """Run on every rank. An error that all ranks share ends each with its exit code; any other one ends the job.
+
+    Where MPI is fault tolerant, an error that is none of this program's (no memory, say) ends its rank alone.
+    """
     from feddip_mpi import collectives, runtime
 
     runtime.prepare_mpi()
@@ -420,7 +423,9 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
     except KeyboardInterrupt:
         comm.abort(130, lambda: output.note("interrupted: the last checkpoint is untouched"))
     except BaseException:
-        comm.abort(1, lambda: output.note(f"{traceback.format_exc()}rank {comm.rank} failed: ending all ranks"))
+        ends = "it ends, the others go on without it" if comm.fault_tolerant and comm.size > 1 else "ending all ranks"
+        words = f"rank {comm.world_ranks[comm.rank]} failed: {ends}"
+        comm.fail(1, lambda: output.note(f"{traceback.format_exc()}{words}"))
     comm.leave(code)
     if code:
         sys.exit(code)

@@ -717,15 +717,26 @@ class Communicator:
 
         After `revoke` each ends by itself: mpirun (5.0.11) may stay for ever where several ranks call MPI_Abort.
         """
-        runtime.exit_after(_ABORT_SECONDS, code)
-        with contextlib.suppress(Exception):  # such as no memory for the message: the end counts
-            say_why()
-        output.flush()
-        if self._revoked:
+        self._say_last(say_why, code)
+        if self._revoked or (self.fault_tolerant and self.size == 1):
             os._exit(code)
         # mpiexec (MPICH 5.0.2) ends without reading what is still in the pipes, and this may be why the job ends.
         time.sleep(_LAST_WORDS_SECONDS)
         self._mpi.COMM_WORLD.Abort(code)
+
+    def fail(self, code: int, say_why: Callable[[], None]) -> None:
+        """End for a reason that the others need not have, such as memory: where MPI is fault tolerant they go on without."""
+        if self.fault_tolerant and self.size > 1:
+            self._say_last(say_why, code)
+            runtime.die()  # of a rank that only exits mpirun (5.0.11) does not tell the others: they would wait for ever
+        self.abort(code, say_why)
+
+    def _say_last(self, say_why: Callable[[], None], code: int) -> None:
+        """Whatever becomes of these words, this process ends soon."""
+        runtime.end_after(_ABORT_SECONDS, runtime.die if self.fault_tolerant else functools.partial(os._exit, code))
+        with contextlib.suppress(Exception):  # such as no memory for the message: the end counts
+            say_why()
+        output.flush()
 
     def leave(self, code: int) -> None:
         """End this process as the last thing it does, all ranks alike; returns where Python may end it as usual.
@@ -738,7 +749,7 @@ class Communicator:
         output.flush()
         try:
             if not self.damaged:
-                runtime.exit_after(_FINALIZE_SECONDS, code)
+                runtime.end_after(_FINALIZE_SECONDS, functools.partial(os._exit, code))
                 self.free()
                 self._mpi.Finalize()
                 return

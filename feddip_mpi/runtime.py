@@ -100,11 +100,9 @@ class Fault:
         if (phase, round + 1) != (self.phase, self.round):
             return
         if self.delay:
-            timer = threading.Timer(self.delay / 1000, os.kill, [os.getpid(), signal.SIGKILL])
-            timer.daemon = True
-            timer.start()
+            end_after(self.delay / 1000, die)
         else:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
 
 def faults(rank: int, environment: Mapping[str, str] = os.environ) -> list[Fault]:
@@ -390,12 +388,17 @@ def _last_words(text: str) -> None:
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-def exit_after(seconds: float, code: int) -> None:
+def end_after(seconds: float, end: Callable[[], None]) -> None:
     """End this process then, whatever it is at: in an MPI library that is stuck, or in words that nobody reads."""
-    timer = threading.Timer(seconds, os._exit, [code])
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     with contextlib.suppress(RuntimeError, MemoryError):  # no memory for a thread
         timer.start()
+
+
+def die() -> None:
+    """End this process as the kernel does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
@@ -403,7 +406,7 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
     """Ends this process with exit code 1 where the block takes longer than `seconds`: `what` names what it waits for."""
 
     def end() -> None:
-        exit_after(_LAST_WORDS_SECONDS, 1)  # nobody may read them
+        end_after(_LAST_WORDS_SECONDS, partial(os._exit, 1))  # nobody may read them
         try:
             _last_words(
                 f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "

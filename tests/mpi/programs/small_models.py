@@ -1,6 +1,6 @@
 """Networks of a few hundred weights, by import path; some break on request, to see how a run ends.
 
-FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training forward (or frame):
+FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK (or all) fail in its CALL-th training forward (or frame):
     raise   the forward raises RuntimeError
     nan     the forward returns NaN
     exit    the forward calls sys.exit(0)
@@ -151,7 +151,7 @@ def _fault() -> tuple[str, int]:
     """The kind of fault and the call that has it; ("", 0) on ranks without one."""
     kind, _, rest = os.environ.get("FEDDIP_TEST_FAULT", "::").partition(":")
     rank, _, call = rest.partition(":")
-    return (kind, int(call)) if kind and rank == _own_rank() else ("", 0)
+    return (kind, int(call)) if kind and rank in (_own_rank(), "all") else ("", 0)
 
 
 def _own_rank() -> str:
