@@ -45,6 +45,7 @@ from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.settings import Config
+from feddip_mpi.stopping import StopFlag
 from feddip_mpi.summary import summarise
 
 T = TypeVar("T")
@@ -65,10 +66,10 @@ def on_root(comm: Communicator, work: Callable[[], T]) -> T:
     return result
 
 
-def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None) -> None:
+def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None, stop: StopFlag) -> None:
     """Start a new run. Raises Stopped when a signal ended it after saving."""
-    runtime.check_launch(comm.size)
-    stop = runtime.StopFlag.installed()
+    on_root(comm, lambda: runtime.check_launch(comm.size))
+    stop.install()  # again: an MPI library may have taken a signal for itself
 
     def read() -> list[Any]:
         settings = config.load(config_path, overrides)
@@ -79,11 +80,13 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
 
     values, path = on_root(comm, read)
     settings, folder = config.validate(values), RunFolder(Path(path))
-    built = _build_to_train(comm, settings)
     with ExitStack() as held:
+        watchdog = _watch(comm, settings, held)
+        built = _build_to_train(comm, settings, watchdog)
+        watchdog.enter(_of_root(comm, "open"))
         on_root(comm, lambda: _hold(held, folder.create(settings)))
         _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
-        _begin(built, Run(folder, stop, held, owner=comm.rank == 0))
+        _begin(built, Run(folder, stop, held, watchdog, owner=comm.rank == 0))
 
 
 @dataclass
@@ -94,6 +97,7 @@ class Run:
         folder: of the run.
         stop: set by signals.
         held: releases the lock.
+        watchdog: over this rank, from the configuration to the last file.
         owner: whether this rank has the lock.
         created: ISO 8601 time at which the run began.
         faults: that tests have ordered for this rank.
@@ -102,8 +106,9 @@ class Run:
     """
 
     folder: RunFolder
-    stop: runtime.StopFlag
+    stop: StopFlag
     held: ExitStack
+    watchdog: runtime.Watchdog
     owner: bool
     created: str = ""
     faults: list[runtime.Fault] = field(default_factory=list)
@@ -121,6 +126,18 @@ def _hold(held: ExitStack, lock: Lock) -> None:
     held.callback(lock.release)
 
 
+def _watch(comm: Communicator, settings: Config, held: ExitStack) -> runtime.Watchdog:
+    """A watchdog over this rank until the command ends."""
+    watchdog = runtime.Watchdog(settings.watchdog, comm.world_ranks[comm.rank], comm.abort)
+    held.callback(watchdog.close)
+    return watchdog
+
+
+def _of_root(comm: Communicator, phase: str) -> str:
+    """What this rank enters where rank 0 works and the others wait for it."""
+    return phase if comm.rank == 0 else "wait"
+
+
 def _begin(built: Federation, run: Run) -> None:
     """Play a run from its first round on."""
     run.created = on_root(built.comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -129,35 +146,30 @@ def _begin(built: Federation, run: Run) -> None:
 
 def _first_state(built: Federation, run: Run) -> State:
     """The state before the first round. Raises Stopped where a signal came while clients measured for it."""
-    watchdog, life = _watched(built, run)
     try:
-        return rounds.initial_state(built, life)
+        return rounds.initial_state(built, _life(built, run))
     except Abandoned as abandoned:
         stopped = _stopped_before(0, run)
         stopped.shared = abandoned.shared  # all ranks are here: each ends by itself
         raise stopped from None
-    finally:
-        watchdog.close()
 
 
 def _stopped_before(round: int, run: Run) -> Stopped:
     return Stopped(f"stopped by a signal before round {round + 1}; `feddip-mpi resume {run.folder.path}` goes on")
 
 
-def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
+def resume(comm: Communicator, path: str, overrides: Sequence[str], stop: StopFlag) -> None:
     """Go on with a run from its newest checkpoint that verifies, on any number of ranks.
 
     A run that ended before its first checkpoint begins again, as its folder says.
     """
-    runtime.check_launch(comm.size)
-    stop = runtime.StopFlag.installed()
+    on_root(comm, lambda: runtime.check_launch(comm.size))
+    stop.install()
     with ExitStack() as held:
         _resume(comm, RunFolder(Path(path)), overrides, stop, held)
 
 
-def _resume(
-    comm: Communicator, folder: RunFolder, overrides: Sequence[str], stop: runtime.StopFlag, held: ExitStack
-) -> None:
+def _resume(comm: Communicator, folder: RunFolder, overrides: Sequence[str], stop: StopFlag, held: ExitStack) -> None:
     loaded: list[Loaded] = []
 
     def read() -> list[Any]:
@@ -181,6 +193,7 @@ def _resume(
 
     values, refused, done, complete = on_root(comm, read)
     settings = config.validate(values)
+    watchdog = _watch(comm, settings, held)
     if comm.rank == 0:
         _open_log(comm, folder, f"resume after round {done} {_source(loaded)}: {comm.size} ranks")
         for reason in refused:
@@ -189,8 +202,9 @@ def _resume(
         if comm.rank == 0:
             terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
         return
-    built = _build_to_train(comm, settings)
-    run = Run(folder, stop, held, owner=comm.rank == 0)
+    built = _build_to_train(comm, settings, watchdog)
+    run = Run(folder, stop, held, watchdog, owner=comm.rank == 0)
+    watchdog.enter(_of_root(comm, "restore"))
     if done == 0:
         on_root(comm, lambda: _reopen(folder, settings))
         _begin(built, run)
@@ -268,9 +282,10 @@ def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
         log.info("%s; %s", message, runtime.versions())
 
 
-def _build_to_train(comm: Communicator, settings: Config) -> Federation:
+def _build_to_train(comm: Communicator, settings: Config, watchdog: runtime.Watchdog) -> Federation:
     """`build`, after what training alone needs: an evaluation may happen on another machine."""
     error = None
+    watchdog.enter("load" if comm.node_rank == 0 else "wait")  # the first rank of each node reads the data
     try:
         require_folder(settings.upload)
         if settings.upload.entropy == "zstd":
@@ -396,7 +411,7 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
                 full.discard(layer)
                 log.warning(_EMPTIED, record["round"], layer)
 
-    watchdog, life = _watched(built, run)
+    life = _life(built, run)
     try:
         stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested, life)
         saver.wait()
@@ -406,7 +421,6 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
         saver.close()
         raise
     finally:
-        watchdog.close()
         if progress is not None:
             progress.close()
         for sink in sinks:
@@ -414,9 +428,8 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
     if stopped:
         message = f"stopped by a signal after round {state.server.round}; `feddip-mpi resume {folder.path}` goes on"
         comm.check(Stopped(message))
-    for fault in run.faults:
-        fault.enter("finish", state.server.round - 1)
-    _finish(built, folder, state, history)
+    life.enter("finish", state.server.round - 1)
+    _finish(built, run, state, history)
 
 
 _EMPTIED = (
@@ -431,19 +444,18 @@ def emptied(record: Record, layers: Collection[str]) -> list[str]:
     return [name for name, share in record["sparsity_by_layer"].items() if name in layers and share == 1.0]
 
 
-def _watched(built: Federation, run: Run) -> tuple[runtime.Watchdog, Life]:
-    comm, grace = built.comm, built.config.stop_grace
-    watchdog = runtime.Watchdog(built.config.watchdog, comm.world_ranks[comm.rank], comm.abort)
+def _life(built: Federation, run: Run) -> Life:
+    grace = built.config.stop_grace
 
     def enter(phase: str, round: int) -> None:
-        watchdog.enter(phase, round)
+        run.watchdog.enter(phase, round)
         for fault in run.faults:
             fault.enter(phase, round)
 
     def stopped() -> FeddipError | None:
         return _stopped_before(0, run) if run.stop.requested else None
 
-    return watchdog, Life(lambda: run.stop.expired(grace), enter, stopped)
+    return Life(lambda: run.stop.expired(grace), enter, stopped)
 
 
 def _recover(
@@ -452,26 +464,23 @@ def _recover(
     """What the survivors go on from, after any number of further deaths; no state where that is the opening."""
     comm, settings = built.comm, built.config
     started = time.monotonic()
-    watchdog, _ = _watched(built, run)
-    try:
-        while True:
-            try:
-                with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
-                    survivors = comm.shrink()
-                if state is not None:
-                    state.holders = recovery.renumber(state.holders, survivors)
-                watchdog.enter("recover", state.server.round if state else 0)
-                for fault in run.faults:
-                    fault.enter("recover", run.recoveries)
-                run.recoveries += 1
-                run.finish_writing()
-                _take_over_folder(comm, run)
-                state, history, how = _mended(built, run, state, history)
-            except RankLost:
-                continue
-            break
-    finally:
-        watchdog.close()
+    while True:
+        try:
+            run.watchdog.enter("recover", state.server.round if state else 0)
+            with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
+                survivors = comm.shrink()
+            if state is not None:
+                state.holders = recovery.renumber(state.holders, survivors)
+            run.watchdog.enter("recover", state.server.round if state else 0)
+            for fault in run.faults:
+                fault.enter("recover", run.recoveries)
+            run.recoveries += 1
+            run.finish_writing()
+            _take_over_folder(comm, run)
+            state, history, how = _mended(built, run, state, history)
+        except RankLost:
+            continue
+        break
     if comm.rank == 0:
         dead, left = ", ".join(map(str, comm.lost_ranks)), comm.size
         done = state.server.round if state else 0
@@ -534,22 +543,23 @@ def _save_now(saver: FolderSaver, state: State, history: list[Record]) -> None:
         raise
 
 
-def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
+def _finish(built: Federation, run: Run, state: State, history: list[Record]) -> None:
     # Rank 0's history counts: the others' begins where the run was resumed.
     pruned = built.comm.broadcast(history[-1]["test_accuracy"] if history else None)
     if pruned is None:  # resumed with as many rounds as are done, the last of which was not evaluated
         pruned = scoring.score_model(built, server.pruned(state.server.weights, state.server.mask)).top1
     memory = scoring.score_model(built, state.server.weights)
     if built.comm.rank != 0:
+        run.watchdog.enter("wait")
         return
+    folder = run.folder
     summary = summarise(built, history, pruned, memory.top1, state.server.mask)
-    plot = _draw(built, folder, history)
-    terminal.show_summary(summary, folder.path, plot)
     try:
         hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise hdf5.cannot_write(error, folder.finished) from None
     log.info("finished after round %d", state.server.round)
+    terminal.show_summary(summary, folder.path, _draw(built, folder, history))
 
 
 def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Path | None:
@@ -561,5 +571,8 @@ def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Pa
         plots.run_figure(list(history), title, folder.plot)
     except InputError as error:  # matplotlib is an extra: the run is complete without a picture
         log.warning("no plot: %s", error)
+        return None
+    except Exception as error:  # of matplotlib's own, such as fonts that it cannot read
+        log.warning("no plot: %s: %s", type(error).__name__, error)
         return None
     return folder.plot

@@ -398,3 +398,21 @@ def test_a_reader_that_goes_away_ends_nothing(tiny_config: Path, tmp_path: Path)
         assert done.returncode == 0, (argv, done.stderr)
         assert "Traceback" not in done.stderr and "MPI_ABORT" not in done.stderr
     assert (run / "finished.json").exists()
+
+
+@pytest.mark.parametrize("stdout", ["full", "ascii"])
+def test_neither_a_full_disk_nor_a_picture_ends_a_run(stdout: str, tiny_config: Path, tmp_path: Path) -> None:
+    """stdout cannot take what is said, and matplotlib breaks: the run is finished all the same."""
+    run, broken = tmp_path / "café", tmp_path / "broken"
+    broken.mkdir()
+    (broken / "matplotlib.py").write_text("raise RuntimeError('no fonts')")
+    environment = {**os.environ, "PYTHONPATH": f"{broken}:{ROOT}", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full" if stdout == "full" else tmp_path / "said", "w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "feddip_mpi", "train", str(tiny_config), *settings(), "--out", str(run)],
+            stdout=file, stderr=subprocess.PIPE, text=True, timeout=120, env=environment, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (run / "finished.json").exists()
+    assert "no plot: RuntimeError: no fonts" in (run / "run.log").read_text()
+    assert stdout == "full" or "caf\\xe9" in (tmp_path / "said").read_text()
