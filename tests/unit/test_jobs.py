@@ -46,6 +46,30 @@ def test_a_signal_reaches_the_launcher_however_long_the_log_is(tmp_path: Path, r
     assert "code 75 after USR1" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "killed"),
+    [
+        ("stopped: stopped by a signal after round 2; `feddip-mpi resume runs/a` goes on", True),
+        ("error: runs/a: cannot be saved (No space left on device)", True),
+        ("round 3, all is well", False),
+    ],
+)
+def test_a_launcher_that_stays_when_the_run_is_over_is_ended(tmp_path: Path, line: str, killed: bool) -> None:
+    """After a death mpirun may; what earlier starts have logged is no end of this one."""
+    log = tmp_path / "run.log"
+    log.write_text("2026-01-01 00:00:00 rank 0 INFO stopped: stopped by a signal after round 1\n")
+    script = f"""RUN={tmp_path} SURVIVE=1 LAUNCHER=mpirun
+        source jobs/lib.sh
+        LOG_BYTES=$(wc -c <"$RUN/run.log") PATIENCE=1
+        echo '2026-01-01 00:00:01 rank 0 INFO {line}' >>{log}
+        wait_for sleep 4
+        echo "code $CODE"
+    """
+    done = bash(script)
+    assert f"code {137 if killed else 0}" in done.stdout, done.stdout + done.stderr
+    assert ("is over, but mpirun has not ended" in done.stdout) == killed
+
+
 def test_a_signal_before_the_first_round_waits_for_it(tmp_path: Path) -> None:
     """A rank that still imports its modules would be killed by it; what earlier starts have logged is no round of this one."""
     log = tmp_path / "run.log"
