@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -34,6 +35,15 @@ def name_one_of(folder: Path) -> str:
     except OSError:
         return ""
     return f"it holds {len(inside)} run folders: name one of them, such as {inside[0]}" if inside else ""
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One command at a time: those that begin together would each write what they have read before, without what others add."""
+    with open(lock, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)

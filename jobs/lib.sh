@@ -29,6 +29,7 @@ STOP=         # USR1, USR2 or TERM once this script has received it
 LAUNCHER_PID= # of the launcher that runs in the background
 LOG_BYTES=0   # of RUN/run.log when it was started
 LAST_START=   # what this job's last start found: a checkpoint, none or busy
+PATIENCE=30   # seconds that a launcher may stay when the run is over
 INTERRUPTED=  # 1: a signal has come since `wait` began
 
 say() { printf '[job %s] %s %s\n' "$JOB" "$(date '+%F %T')" "$*"; }
@@ -134,14 +135,20 @@ launcher_command() {
     command -v "${COMMAND[0]}" >/dev/null || die 2 "${COMMAND[0]}: not on PATH; load the MPI module, or set MODULES or VENV"
 }
 
-# mpirun may stay for ever after a death, though all ranks have ended: the marker says that nothing is left to wait for.
-end_after_marker() {
-    local pid=$1 patience=30
+# Is the run over, by its folder: finished, or its log says that this start stopped or failed?
+is_over() {
+    [[ -e $RUN/finished.json ]] ||
+        grep -qE ' rank 0 INFO (stopped|error): ' < <(tail -c "+$((LOG_BYTES + 1))" "$RUN/run.log" 2>/dev/null)
+}
+
+# mpirun may stay for ever after a death, though all ranks have ended: the folder says that nothing is left to wait for.
+end_when_over() {
+    local pid=$1 patience=$PATIENCE
     while kill -0 "$pid" 2>/dev/null && ((patience > 0)); do
-        [[ -e $RUN/finished.json ]] && ((patience -= 1))
+        is_over && ((patience -= 1))
         sleep 1
     done
-    ((patience > 0)) || { say "$RUN is finished, but $LAUNCHER has not ended: killed" && kill -KILL "$pid"; }
+    ((patience > 0)) || { say "the run of $RUN is over, but $LAUNCHER has not ended: killed" && kill -KILL "$pid"; }
 }
 
 # Runs a command in the background and sets CODE to its exit code. A signal ends `wait` early; asked again, bash still
@@ -150,7 +157,7 @@ wait_for() {
     "$@" &
     LAUNCHER_PID=$!
     if [[ ${SURVIVE:-0} == 1 ]]; then
-        end_after_marker "$LAUNCHER_PID" &
+        end_when_over "$LAUNCHER_PID" &
     fi
     [[ -n $STOP ]] && forward # it came before there was anything to pass it to
     while :; do

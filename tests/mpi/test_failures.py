@@ -194,6 +194,8 @@ def test_wrong_input_and_drift_are_told_once_and_change_nothing(config: Path, tm
         ({"argv": runs.train(config, tmp_path / "i", model__name="small_models:pair")}, 2,
          ["small_models:pair", "a tuple", "[2, 10]"]),
         ({"argv": runs.train(config, tmp_path / "j"), "launched": 4}, 2, ["4 ranks (PMI_SIZE)", "MPI sees 2 ranks"]),
+        ({"argv": runs.train(config, tmp_path / "k", model__name="small_models:of_its_rank")}, 5,
+         ["initial weights: rank 0: ", "initial weights: rank 1: ", "same code of your own"]),
         ({"argv": ["resume", str(tmp_path / "void")]}, 2, ["void", "no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "no checkpoint")]}, 2, ["no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "nothing")]}, 2, ["nothing", "no such run folder"]),

@@ -46,6 +46,30 @@ def test_a_signal_reaches_the_launcher_however_long_the_log_is(tmp_path: Path, r
     assert "code 75 after USR1" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "killed"),
+    [
+        ("stopped: stopped by a signal after round 2; `feddip-mpi resume runs/a` goes on", True),
+        ("error: runs/a: cannot be saved (No space left on device)", True),
+        ("round 3, all is well", False),
+    ],
+)
+def test_a_launcher_that_stays_when_the_run_is_over_is_ended(tmp_path: Path, line: str, killed: bool) -> None:
+    """After a death mpirun may; what earlier starts have logged is no end of this one."""
+    log = tmp_path / "run.log"
+    log.write_text("2026-01-01 00:00:00 rank 0 INFO stopped: stopped by a signal after round 1\n")
+    script = f"""RUN={tmp_path} SURVIVE=1 LAUNCHER=mpirun
+        source jobs/lib.sh
+        LOG_BYTES=$(wc -c <"$RUN/run.log") PATIENCE=1
+        echo '2026-01-01 00:00:01 rank 0 INFO {line}' >>{log}
+        wait_for sleep 4
+        echo "code $CODE"
+    """
+    done = bash(script)
+    assert f"code {137 if killed else 0}" in done.stdout, done.stdout + done.stderr
+    assert ("is over, but mpirun has not ended" in done.stdout) == killed
+
+
 def test_a_signal_before_the_first_round_waits_for_it(tmp_path: Path) -> None:
     """A rank that still imports its modules would be killed by it; what earlier starts have logged is no round of this one."""
     log = tmp_path / "run.log"
@@ -119,3 +143,26 @@ def test_a_chain_outlives_a_lock_that_is_not_free_yet(tmp_path: Path) -> None:
     done = bash(script)
     first, second, _ = done.stdout.split("code 7\n")
     assert "scancel" not in first and "scancel 8" in second, done.stdout + done.stderr
+
+
+def test_a_chain_of_pbs_keeps_the_resources_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "qsub").write_text(f'#!/bin/sh\necho "qsub $* for $CHAIN_OPTIONS" >>{tmp_path}/said\necho 8\n')
+    (tmp_path / "launcher").write_text(f"""#!/bin/bash
+        mkdir -p {tmp_path}/run/checkpoints
+        touch {tmp_path}/run/config.yaml
+        trap 'touch {tmp_path}/run/checkpoints/round-000002.h5; exit 75' USR1
+        echo "2026-01-01 00:00:01 INFO round 2, of this one" >>{tmp_path}/run/run.log
+        while :; do sleep 0.05; done
+    """)
+    script = f"""
+        chmod +x {tmp_path}/qsub {tmp_path}/launcher
+        export PATH={tmp_path}:$PATH RUN={tmp_path}/run MPIRUN={tmp_path}/launcher WALL_SECONDS=11 GRACE_SECONDS=10
+        bash jobs/pbs.sh -l select=4:ncpus=16 -A us
+        PBS_JOBID=7 CHAIN_OPTIONS="-l select=4:ncpus=16 -A us" bash jobs/pbs.sh
+    """
+    done = bash(script)
+    options = "-l select=4:ncpus=16 -A us"
+    assert (tmp_path / "said").read_text().splitlines() == [
+        f"qsub -V {options} jobs/pbs.sh for {options}",
+        f"qsub -V {options} -W depend=afterany:7 jobs/pbs.sh for {options}",
+    ], done.stdout + done.stderr

@@ -9,15 +9,16 @@ import re
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from feddip_mpi import config, metrics, runtime, scaling, study
+from feddip_mpi import config, metrics, run_folder, runtime, scaling, study
 from feddip_mpi.errors import FeddipError, InputError, Stopped
 from feddip_mpi.report import scaling as report
 from feddip_mpi.report import scaling_plots
@@ -295,6 +296,19 @@ def test_a_study_grows_and_keeps_its_configuration(tiny: Path, tmp_path: Path) -
     (folder / "study.json").write_text('{"ranks": 3}')
     with pytest.raises(InputError, match="study.json"):
         study.load(folder)
+
+
+def test_commands_that_extend_a_study_together_lose_no_cells(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    study.prepare(str(tiny), [], Settings(ranks=(1,)), str(out))
+    other = threading.Thread(target=study.prepare, args=(str(tiny), [], Settings(ranks=(2,)), str(out)))
+    with run_folder.alone(out / study._LOCK):  # as a command that has read what is there, and writes it a moment later
+        before = study.load(out)
+        other.start()
+        other.join(0.3)
+        (out / "study.json").write_text(json.dumps({**asdict(before), "ranks": [1, 4]}))
+    other.join(60)
+    assert study.load(out).ranks == (1, 2, 4)
 
 
 def test_a_failed_run_does_not_stop_the_rest(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -454,6 +455,46 @@ def test_a_cell_that_goes_on_hears_of_a_signal_when_it_trains(tmp_path: Path) ->
     with pytest.raises(Stopped, match="0 cells not begun"):
         runner.run([cell], tmp_path, fake, 1, lambda text: setattr(stop, "requested", True), stop)
     assert fake.signals == [(cell.name, signal.SIGUSR1)] and folder.metrics.stat().st_mtime > 0
+
+
+class Hanging(runner.Commands):
+    """Cells that never come to a first round."""
+
+    def __init__(self, out: Path, stop: runner.Stop, signals: int) -> None:
+        super().__init__(out)
+        self.folder, self.stop, self.signals, self.processes = out, stop, signals, list[subprocess.Popen[bytes]]()
+
+    def start(self, cell: Cell) -> subprocess.Popen[bytes]:
+        if not (self.folder / cell.name).exists():
+            begun(cell, self.folder, 1)
+        self.processes.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        for _ in range(self.signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.processes[-1]
+
+
+@pytest.mark.parametrize(("signals", "patience"), [(2, 1e9), (1, 0.05)])
+def test_a_cell_that_hangs_before_its_first_round_does_not_keep_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int, patience: float
+) -> None:
+    """Also where the file server's clock is ahead of this one: metrics of an earlier start are no round of this one."""
+    monkeypatch.setattr(runner, "_SECOND_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "_FIRST_ROUND_SECONDS", patience)
+    made, said = cells("grid: {seed: [1, 2]}"), list[str]()
+    folder = begun(made[0], tmp_path, 1)
+    os.utime(folder.metrics, (time.time() + 3600,) * 2)
+    with runner.Stop().heard() as stop, pytest.raises(Stopped, match="1 cells not begun"):
+        hanging = Hanging(tmp_path, stop, signals)
+        runner.run(made, tmp_path, hanging, 1, said.append, stop)
+    assert [process.poll() for process in hanging.processes] == [-signal.SIGKILL]
+    assert "seed-1: stopped" in said[-1] and "before its first round, with nothing to save" in said[-1]
+
+
+def test_the_same_signal_twice_at_once_is_one(tmp_path: Path) -> None:
+    with runner.Stop().heard() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested and not stop.insisted
 
 
 def test_the_batch_script_is_sound(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ class Together(Alone):
     def gather(self, row: np.ndarray) -> np.ndarray:
         return np.stack(self._all(np.array(row)))
 
+    def gather_json(self, value: Any) -> list[Any]:
+        return self._all(value)
+
     def total(self, values: np.ndarray) -> np.ndarray:
         return np.sum(self._all(np.array(values)), axis=0, dtype=values.dtype)
 

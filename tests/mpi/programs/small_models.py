@@ -147,6 +147,14 @@ def fragile(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.M
     return Fragile(in_channels * image_size[0] * image_size[1], classes)
 
 
+def of_its_rank(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
+    """A network whose first weights differ between the ranks that make it."""
+    made = fragile(in_channels, image_size, classes)
+    with torch.no_grad():
+        next(made.parameters()).view(-1)[0] = float(_own_rank())
+    return made
+
+
 def _fault() -> tuple[str, int]:
     """The kind of fault and the call that has it; ("", 0) on ranks without one."""
     kind, _, rest = os.environ.get("FEDDIP_TEST_FAULT", "::").partition(":")
