@@ -194,6 +194,7 @@ def _values(
         "version": __version__,
         "written": time.strftime("%Y-%m-%d %H:%M %z"),
         "spread_text": drawing.SPREAD,
+        "as_sparse": summaries.AS_SPARSE,
         "warnings": summaries.warnings(made, letters),
         "overviews": overviews,
         "sections": sections,

@@ -51,7 +51,7 @@ class Run:
     Attributes:
         name: of its folder.
         records: a mapping a round, all rounds from 1 to the last.
-        summary: its finished.json.
+        summary: its finished.json, with the mean of the last evaluations as `metrics.last_accuracies` has them.
         label: what a sweep calls its method; else the method's name.
         histogram: int64 [clients, classes], training images; None where no checkpoint could be read.
         class_names: one a class, or none.
@@ -180,6 +180,7 @@ def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:
         raise FeddipError(f"damaged, or of another version: metrics.jsonl lacks {', '.join(missing)}")
     if wrong := sorted({name for row in records for name in metrics.misfits(row)}):
         raise FeddipError(f"damaged: metrics.jsonl has something else than finite numbers as {', '.join(wrong)}")
+    summary |= _last_mean(records)
     histogram, names, remark = _partition(folder, settings, {} if partitions is None else partitions)
     return Run(
         path, settings, records, summary, _hardware(folder, records, summary), _label(path, settings), histogram, names,
@@ -212,6 +213,12 @@ def _summary(folder: RunFolder) -> dict[str, Any]:
         if not isinstance(summary.get(name) or {}, dict):
             raise FeddipError(f"damaged: finished.json has no names and values as {name}")
     return summary
+
+
+def _last_mean(records: Sequence[Row]) -> dict[str, Any]:
+    """The mean of the last evaluations as this program takes it: a summary of an older version may have another one."""
+    last = metrics.last_accuracies(records)
+    return {"test_accuracy_mean_of_last_5": sum(last) / len(last), "evaluations_in_mean": len(last)} if last else {}
 
 
 def _is_finite(value: Any) -> bool:

@@ -128,7 +128,7 @@ class Line:
 
     Attributes:
         accuracy: top-1 of the truly pruned model after the last round, 0 to 1.
-        last5: the same, mean of the last five evaluations.
+        last5: the same, mean of the last evaluations (`metrics.last_accuracies`).
         upload_bytes: of all clients in all rounds.
         seconds: of all rounds; None where the seeds ran on unlike hardware.
         against: the dense group it is compared with, if the setting has one.
@@ -245,20 +245,14 @@ def dense_of(made: Sequence[Group]) -> Group | None:
 
 
 def last_evaluations(made: Sequence[Group]) -> str:
-    """Of which evaluations `Line.last5` is the mean, in words: five, or fewer where a run had no more."""
-    counts = {
-        int(run.summary.get("evaluations_in_mean") or 0)
-        or sum(row.get("test_accuracy") is not None for row in run.records)
-        for group in made
-        for run in group.runs
-    }
-    if min(counts) >= 5:
-        return "last 5 evaluations"
-    return (
-        f"last {counts.pop()} evaluations"
-        if len(counts) == 1
-        else "last 5 evaluations, or of all where a run had fewer"
-    )
+    """Of which evaluations `Line.last5` is the mean, in words: of as many as each run has of its last sparsity, up to five."""
+    counts = {run.summary.get("evaluations_in_mean", 5) for group in made for run in group.runs}
+    low, high = min(counts), max(counts)
+    return f"last {f'{low} to {high}' if low < high else high} evaluation{'s' * (high > 1)}"
+
+
+# What `last_evaluations` leaves out, for those who read the number.
+AS_SPARSE = "of the last five evaluations those whose models keep as many weights as the last one, within 5 %"
 
 
 def lines(made: Sequence[Group]) -> list[Line]:

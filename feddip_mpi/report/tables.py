@@ -137,7 +137,8 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
     versions = sorted({run.versions for line in made for run in line.group.runs})
     caption = (
         f"{group.setting}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round, "
-        f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])}, which the figures show; "
+        f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])} ({summaries.AS_SPARSE}), which "
+        "the figures show; "
         "points to dense after the last round. "
         + "Hardware: " + "; ".join(f"{letters[kind]}: {kind}" for kind in kinds) + ". "
         + ("Seconds of different letters are not comparable. " if len(kinds) > 1 else "")
@@ -155,7 +156,7 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
 def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     """A task as a table for documents: a row a method, a column for each partition and sparsity.
 
-    A cell has the mean of the last five evaluations, the bytes uploaded, and how many times fewer those are than what the dense
+    A cell has the mean of the last evaluations, the bytes uploaded, and how many times fewer those are than what the dense
     yardstick of its partition uploaded.
 
     Args:
@@ -170,7 +171,7 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     rows = {group.label: group for group in sorted(every, key=_rank)}  # in the order in which a label comes first
     lines = [
         f"{in_markdown(name)}. Accuracy of the pruned model on the test images, mean of the "
-        f"{summaries.last_evaluations(every)}: {_over(of_most)}{unless}; uploads of all clients in all "
+        f"{summaries.last_evaluations(every)} ({summaries.AS_SPARSE}): {_over(of_most)}{unless}; uploads of all clients in all "
         "rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
         "| method | " + " | ".join(f"{summaries.capital(partition)}, {level:.4g}" for partition, level in columns) + " |",
         "|---" * (1 + len(columns)) + "|",

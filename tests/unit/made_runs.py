@@ -70,12 +70,13 @@ def _row(number: int, accuracy: float, more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(rows: list[dict[str, Any]], seed: int, more: dict[str, Any]) -> dict[str, Any]:
-    scored = [row["test_accuracy"] for row in rows][-5:]
+    scored = metrics.last_accuracies(rows)
     return {
         "rounds": len(rows),
         "ranks": rows[-1]["ranks"],
         "test_accuracy": scored[-1],
         "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
+        "evaluations_in_mean": len(scored),
         "upload_bytes": sum(row["upload_bytes"] for row in rows),
         "dense_bytes": sum(row["dense_bytes"] for row in rows),
         "seconds": sum(row["round_seconds"] for row in rows),
