@@ -17,7 +17,9 @@ FIELDS = {
     "ranks": "MPI ranks at the end",
     "ranks_lost": "ranks of the start that have died",
     "test_accuracy": "top-1 accuracy of the pruned model on the test images, after the last round",
-    "test_accuracy_mean_of_last_5": "mean of the last five evaluations, without models that keep over 5 % more or fewer weights than the last",
+    "test_accuracy_mean_of_last_5": (
+        "mean of the last five evaluations, without models that keep over 5 % more or fewer weights than the last"
+    ),
     "test_accuracy_spread_of_last_5": "the highest of these less the lowest",
     "evaluations_in_mean": "how many they are; fewer than five in a short run",
     "server_remembers": "whether the server's memory W holds weights that the pruned model lacks (`server_memory: on`)",
