@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from feddip_mpi import config, metrics, run_folder
+from feddip_mpi import config, identity, metrics, run_folder
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
@@ -267,15 +267,18 @@ def _leave_out_twins(found: Found) -> None:
     first: dict[str, Run] = {}
     kept = []
     for run in found.runs:
-        key = json.dumps(identity(run.config), sort_keys=True)
+        key = json.dumps(identity.of(run.config), sort_keys=True)
         if key in first:
-            found.left_out.append(LeftOut(run.path, f"the same configuration and seed as {first[key].path}"))
+            found.left_out.append(LeftOut(run.path, _same_as(first[key], run)))
         else:
             first[key] = run
             kept.append(run)
     found.runs = kept
 
 
-def identity(settings: Config) -> dict[str, Any]:
-    """What makes two runs the same experiment: all keys but those that change neither a bit nor a measurement."""
-    return {key: value for key, value in config.flat(settings).items() if not config.is_without_meaning(key, settings)}
+def _same_as(first: Run, run: Run) -> str:
+    """Why a run is no further sample, with the keys that differ and that its method does not look at."""
+    one, other = config.flat(first.config), config.flat(run.config)
+    unread = [key for key in one if one[key] != other[key] and key not in identity.what_it_reads(run.config)]
+    beside = f", but for what {run.config.method} does not look at ({', '.join(unread)})" if unread else ""
+    return f"the same configuration and seed as {first.path}{beside}"

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from feddip_mpi import config, metrics
-from feddip_mpi.report.runs import Hardware, Row, Run, identity
+from feddip_mpi import config, identity, metrics
+from feddip_mpi.report.runs import Hardware, Row, Run
 from feddip_mpi.settings import Config
 
 # Disjoint.
@@ -152,12 +152,12 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration without the seed; sorted by setting, asked sparsity and label."""
     together: dict[str, list[Run]] = {}
     for run in runs:
-        key = {name: value for name, value in identity(run.config).items() if name != "seed"}
+        key = {name: value for name, value in identity.of(run.config).items() if name != "seed"}
         together.setdefault(run.label + json.dumps(key, sort_keys=True), []).append(run)
     parts = [tuple(sorted(group, key=lambda run: run.config.seed)) for group in together.values()]
     alike: dict[tuple[str, str, float], list[tuple[Run, ...]]] = {}
     for part in parts:
-        final = part[0].config.sparsity.final
+        final = part[0].config.sparsity.final if identity.has_mask(part[0].config) else 0.0
         alike.setdefault((setting_of(part[0].config), part[0].label, final), []).append(part)
     made = [
         Group(setting, label, _sparsity(part), variant, part)
@@ -206,13 +206,14 @@ def _sparsity(runs: Sequence[Run]) -> float:
 
 def _variants(settings: Sequence[Config]) -> list[str]:
     """For each configuration the keys in which these differ, as far as they are not the program's defaults."""
-    tables = [{key: value for key, value in identity(one).items() if key != "seed"} for one in settings]
+    tables = [{key: value for key, value in identity.of(one).items() if key != "seed"} for one in settings]
     defaults = config.flat(Config())
-    differing = [key for key in tables[0] if any(table[key] != tables[0][key] for table in tables)]
-    texts = [", ".join(f"{k}={_plain(t[k])}" for k in differing if t[k] != defaults[k]) for t in tables]
+    names = dict.fromkeys(key for table in tables for key in table)
+    differing = [key for key in names if any(table.get(key) != tables[0].get(key) for table in tables)]
+    texts = [", ".join(f"{k}={_plain(t[k])}" for k in differing if k in t and t[k] != defaults[k]) for t in tables]
     if len(set(texts)) == len(texts):
         return texts
-    return [", ".join(f"{key}={_plain(table[key])}" for key in differing) for table in tables]
+    return [", ".join(f"{key}={_plain(table[key])}" for key in differing if key in table) for table in tables]
 
 
 def _plain(value: Any) -> str:
@@ -238,10 +239,19 @@ def settings(made: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def dense_of(made: Sequence[Group]) -> Group | None:
-    """The yardstick of a setting: FedAvg with float32 uploads, else any FedAvg; None where there is none or several."""
+    """The yardstick of a setting: `dense_ones`, where there is one, or all have the same results."""
+    found = dense_ones(made)
+    results = {
+        tuple((run.config.seed, run.summary["test_accuracy"], run.summary["upload_bytes"]) for run in group.runs)
+        for group in found
+    }
+    return found[0] if len(results) == 1 else None
+
+
+def dense_ones(made: Sequence[Group]) -> list[Group]:
+    """Of a setting FedAvg with float32 uploads, else any FedAvg."""
     plain = [group for group in made if group.config.method == "fedavg"]
-    exact = [group for group in plain if group.config.upload.values == "fp32"] or plain
-    return exact[0] if len(exact) == 1 else None
+    return [group for group in plain if group.config.upload.values == "fp32"] or plain
 
 
 def last_evaluations(made: Sequence[Group]) -> str:
@@ -382,11 +392,22 @@ def warnings(made: Sequence[Group], letters: Mapping[Hardware, str]) -> list[str
                 f"{setting}: not all groups have the same seeds ({'; '.join(_seed_text(s) for s in sorted(seeds))})"
             )
         if dense_of(members) is None:
-            said.append(f"{setting}: no dense FedAvg, or several, so nothing to compare with")
+            said.append(f"{setting}: {_without_yardstick(dense_ones(members))}")
     versions = sorted({run.versions for group in made for run in group.runs})
     if len(versions) > 1:
         said.append("runs of different versions: " + "; ".join(versions))
     return said
+
+
+def _without_yardstick(dense: Sequence[Group]) -> str:
+    """Why nothing is compared, and the way out."""
+    if not dense:
+        return (
+            "no dense FedAvg, so nothing to compare with; a run of the same setting with method: fedavg and upload.values: "
+            "fp32 would be that"
+        )
+    named = "; ".join(f"{group.name}: {', '.join(run.name for run in group.runs)}" for group in dense)
+    return f"several dense FedAvgs, so nothing is compared with one of them; report the runs of one alone ({named})"
 
 
 def _seed_text(seeds: Sequence[int]) -> str:

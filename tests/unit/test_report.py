@@ -274,6 +274,42 @@ def test_variants_are_told_apart_by_what_is_not_the_default(tmp_path: Path) -> N
     )
 
 
+def plain_grid(folder: Path) -> None:
+    """What `method: [fedavg, feddip]` by `sparsity.final: [0.5, 0.9]` made when FedAvg ran once for each sparsity."""
+    for share in (0.5, 0.9):
+        dense = {"method": "fedavg", "upload.values": "fp32", "sparsity.final": share}
+        made_runs.make(folder / f"fedavg-{share}", 1, 0.8, keys=dense, sparsity=0.0, upload=1000)
+        made_runs.make(folder / f"feddip-{share}", 1, 0.7, keys={"sparsity.final": share}, sparsity=share)
+
+
+def test_a_method_without_a_mask_is_one_group_for_all_sparsities(tmp_path: Path) -> None:
+    plain_grid(tmp_path)
+    found = runs.find([tmp_path])
+    ((twin, reason),) = [(item.path.name, item.reason) for item in found.left_out]
+    assert twin == "fedavg-0.9" and reason.endswith("fedavg-0.5, but for what fedavg does not look at (sparsity.final)")
+    made = summaries.groups(found.runs)
+    assert [group.title for group in made] == ["fedavg dense", "feddip 0.5", "feddip 0.9"]
+    assert all(line.times_fewer_bytes == pytest.approx(10) for line in summaries.lines(made)[1:])
+    ((name, family),) = summaries.families(made).items()
+    assert "| FedAvg (dense) | 0.7000<br>3.0 kB | 0.7000<br>3.0 kB |" in tables.to_markdown(name, family)
+
+
+def test_yardsticks_with_equal_results_are_one_and_others_are_named(tmp_path: Path) -> None:
+    dense = {"method": "fedavg", "upload.values": "fp32"}
+    letters = {runs.load(made_runs.make(tmp_path / "pruned")).hardware: "A"}
+    (missing,) = summaries.warnings(groups_of(tmp_path), letters)
+    assert "no dense FedAvg, so nothing" in missing and "method: fedavg and upload.values: fp32" in missing
+    made_runs.make(tmp_path / "one", 1, 0.8, keys=dense, sparsity=0.0)
+    made_runs.make(tmp_path / "at once", 1, 0.8, keys=dense | {"clients_at_once": 2}, sparsity=0.0)
+    assert summaries.dense_of(groups_of(tmp_path)) is not None
+    assert not any("FedAvg" in text for text in summaries.warnings(groups_of(tmp_path), letters))
+    made_runs.make(tmp_path / "faster", 1, 0.9, keys=dense | {"learning_rate": 0.3}, sparsity=0.0)
+    assert summaries.dense_of(groups_of(tmp_path)) is None
+    (several,) = [text for text in summaries.warnings(groups_of(tmp_path), letters) if "FedAvg" in text]
+    assert "several dense FedAvgs" in several and "report the runs of one alone" in several
+    assert all(name in several for name in ("one", "at once", "faster"))
+
+
 def test_a_sweep_names_its_methods(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "cell-1", keys={"mask.initial": "erk"})
     (tmp_path / "_sweep").mkdir()

@@ -56,6 +56,13 @@ def test_labels_win_and_equal_cells_are_one() -> None:
     assert all(cell.config.rounds == 2 for cell in made)
 
 
+def test_a_method_without_a_mask_is_one_cell_for_all_sparsities() -> None:
+    text = "grid: {method: [fedavg, feddip], sparsity.final: [0.5, 0.9], penalty.schedule: [steps, off]}"
+    made = names(text)
+    assert made[0] == "fedavg_sparsity-0.5_schedule-steps" and len(made) == 1 + 4
+    assert all(name.startswith("feddip_") for name in made[1:])
+
+
 def test_exclude_and_also() -> None:
     text = (
         METHODS + "exclude: [{method: feddip, sparsity.final: 0.9, seed: [2]}]\nalso: [{method: feddip, seed: [7, 8]}]"
