@@ -7,7 +7,7 @@ from typing import Any
 from feddip_mpi import config, methods
 from feddip_mpi.settings import METHODS, Config
 
-_OF_MASKS = ("sparsity.", "mask.", "penalty.", "control.")
+OF_MASKS = ("sparsity.", "mask.", "penalty.", "control.")
 
 
 def of(settings: Config) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def what_it_reads(settings: Config) -> dict[str, Any]:
     flat = config.flat(settings)
     if has_mask(settings):
         return flat
-    return {key: value for key, value in flat.items() if not key.startswith(_OF_MASKS)}
+    return {key: value for key, value in flat.items() if not key.startswith(OF_MASKS)}
 
 
 def has_mask(settings: Config) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from feddip_mpi import config, identity, metrics
 from feddip_mpi.report.runs import Hardware, Row, Run
-from feddip_mpi.settings import Config
+from feddip_mpi.settings import METHODS, Config
 
 # Disjoint.
 BYTE_KINDS = (
@@ -220,6 +220,43 @@ def _plain(value: Any) -> str:
     return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
+def unequal(made: Sequence[Group]) -> list[str]:
+    """Keys beside those that make a method, of which not all methods of a setting have the same values: `key (who: what)`."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for group in made:
+        tables.setdefault(group.method, []).append(identity.of(group.config))
+    names = dict.fromkeys(key for of_one in tables.values() for table in of_one for key in table)
+    return [f"{key} ({text})" for key in names if not key.startswith(_SAID) and (text := _who_has_what(tables, key))]
+
+
+# What makes a method; and what is said of every run: its partition and its seed.
+_SAID = (
+    "seed", "data.partition", "data.alpha", "data.classes_per_client", "method", "proximal", "feedback", "server_memory",
+    *identity.OF_MASKS, *(f"{method}." for method in METHODS),
+)  # fmt: skip
+
+
+def _who_has_what(tables: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> str:
+    """The values of a key by method; empty where all have the same. Most are `the others`."""
+    who: dict[str, list[str]] = {}
+    for label, of_one in tables.items():
+        values = ", ".join(sorted({_plain(table[key]) for table in of_one if key in table}))
+        who.setdefault(values, []).append(name_of(label))
+    if len(who) < 2:
+        return ""
+    ordered = sorted(who.items(), key=lambda item: len(item[1]))
+    texts = [f"{', '.join(labels)}: {values or 'none'}" for values, labels in ordered]
+    if len(ordered[-1][1]) > 2:
+        texts[-1] = f"the others: {ordered[-1][0] or 'none'}"
+    return "; ".join(texts)
+
+
+def unequal_text(made: Sequence[Group]) -> str:
+    """`unequal` as a sentence; empty where there is nothing to say."""
+    found = unequal(made)
+    return f"Not the same for all methods: {', '.join(found)}." if found else ""
+
+
 def families(made: Sequence[Group]) -> dict[str, dict[str, list[Group]]]:
     """Groups by their setting without its partition, then by the partition; IID first."""
     found: dict[str, dict[str, list[Group]]] = {}
@@ -391,6 +428,8 @@ def warnings(made: Sequence[Group], letters: Mapping[Hardware, str]) -> list[str
             said.append(
                 f"{setting}: not all groups have the same seeds ({'; '.join(_seed_text(s) for s in sorted(seeds))})"
             )
+        if text := unequal_text(members):
+            said.append(f"{setting}: {text[:1].lower()}{text[1:-1]}")
         if dense_of(members) is None:
             said.append(f"{setting}: {_without_yardstick(dense_ones(members))}")
     versions = sorted({run.versions for group in made for run in group.runs})

@@ -140,6 +140,7 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
         f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])} ({summaries.AS_SPARSE}), which "
         "the figures show; "
         "points to dense after the last round. "
+        + (f"{unlike} " if (unlike := summaries.unequal_text([line.group for line in made])) else "")
         + "Hardware: " + "; ".join(f"{letters[kind]}: {kind}" for kind in kinds) + ". "
         + ("Seconds of different letters are not comparable. " if len(kinds) > 1 else "")
         + "Versions: " + "; ".join(versions) + "."
@@ -183,6 +184,7 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
         {f"{in_markdown(g.name)} {g.sparsity:.4g}" for g in every if g.prunes and abs(g.sparsity - g.level) > 1e-4}
     )
     lines += ["", f"Ended beside the sparsity asked for: {', '.join(beside)}."] if beside else []
+    lines += ["", in_markdown(unlike)] if (unlike := summaries.unequal_text(every)) else []
     return "\n".join(lines) + "\n"
 
 

@@ -274,6 +274,33 @@ def test_variants_are_told_apart_by_what_is_not_the_default(tmp_path: Path) -> N
     )
 
 
+def test_what_is_not_the_same_for_all_methods_is_said(tmp_path: Path) -> None:
+    """The methods' own keys are what is compared; what the labels of one method tell apart counts for it too."""
+    shared = {"learning_rate": 0.2}
+    for number, method in enumerate(("gradual", "snip", "ssfl")):
+        made_runs.make(
+            tmp_path / method, keys=shared | {"method": method, "upload.values": "fp32", "mask.every": number + 1}
+        )
+    made_runs.make(tmp_path / "feddip", keys=shared | {"penalty.maximum": 0.5})
+    made = groups_of(tmp_path)
+    expected = ["upload.values (FedDIP: int4; the others: fp32)"]
+    assert summaries.unequal(made) == expected
+    made_runs.make(tmp_path / "skewed", keys=shared | {"penalty.maximum": 0.5, "data.partition": "dirichlet"})
+    assert summaries.unequal(groups_of(tmp_path)) == expected  # a method may have partitions of its own
+    letters = {made[0].hardware[0]: "A"}
+    (said,) = [text for text in summaries.warnings(made, letters) if "not the same for all methods" in text]
+    assert said.endswith(f"not the same for all methods: {expected[0]}")
+    assert f"Not the same for all methods: {expected[0]}." in tables.to_latex(summaries.lines(made), letters)
+    ((name, family),) = summaries.families(made).items()
+    assert tables.to_markdown(name, family).endswith(f"Not the same for all methods: {expected[0]}.\n")
+    made_runs.make(tmp_path / "other", keys={"precision": "bf16", "penalty.maximum": 0.5})
+    assert summaries.unequal(groups_of(tmp_path)) == [
+        "learning_rate (FedDIP: 0.1, 0.2; the others: 0.2)", *expected, "precision (FedDIP: bf16, fp32; the others: fp32)",
+    ]  # fmt: skip
+    made_runs.make(tmp_path / "alone" / "one")
+    assert summaries.unequal_text(groups_of(tmp_path / "alone")) == ""
+
+
 def plain_grid(folder: Path) -> None:
     """What `method: [fedavg, feddip]` by `sparsity.final: [0.5, 0.9]` made when FedAvg ran once for each sparsity."""
     for share in (0.5, 0.9):
@@ -356,6 +383,8 @@ def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study
         "| 0.6500 (seed 1)<br>300 B, 10 x |",
         "",
         "Ended beside the sparsity asked for: FedDIP 0.9012.",
+        "",
+        "Not the same for all methods: upload.values (FedAvg: fp32; FedDIP: int4).",
     ]  # fmt: skip
     assert (
         f"mean of the last 2 to 3 evaluations ({summaries.AS_SPARSE}): mean of the seeds 1, 2 (lowest to highest), or those "
