@@ -169,9 +169,7 @@ def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:
         raise FeddipError(f"damaged, or of another version: {' '.join(str(error).split())}") from None
     records = _records(folder)
     if not folder.finished.is_file():
-        holder = run_folder.holder(folder)
-        state = f"at work: {holder}" if holder else "`feddip-mpi resume` goes on"
-        raise FeddipError(f"unfinished: {len(records)} of {settings.rounds} rounds ({state})")
+        raise FeddipError(_unfinished(folder, f"{len(records)} of {settings.rounds} rounds"))
     summary = _summary(folder)
     rounds = [row.get("round") for row in records]
     if summary["rounds"] != len(rounds) or rounds != list(range(1, len(rounds) + 1)):
@@ -186,6 +184,15 @@ def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:
         path, settings, records, summary, _hardware(folder, records, summary), _label(path, settings), histogram, names,
         (remark,) if remark else (),
     )  # fmt: skip
+
+
+def _unfinished(folder: RunFolder, done: str) -> str:
+    """What is the matter with a run that has no finished.json."""
+    if (holder := run_folder.holder(folder)) is not None:
+        return f"unfinished: {done} (at work: {holder})"
+    if (error := run_folder.failure(folder)) is not None:
+        return f"failed after {done}: {error}"
+    return f"unfinished: {done} (`feddip-mpi resume` goes on)"
 
 
 def _records(folder: RunFolder) -> list[metrics.Record]:
@@ -230,7 +237,7 @@ def _hardware(folder: RunFolder, records: Sequence[Row], summary: Row) -> Hardwa
     told = summary.get("hardware") or {}
     pairs = {(str(told.get("processor", "")), str(told.get("cores", "?")))}
     with contextlib.suppress(OSError):
-        pairs |= set(_LOGGED.findall(folder.path.joinpath("run.log").read_text(encoding="utf-8", errors="replace")))
+        pairs |= set(_LOGGED.findall(folder.log.read_text(encoding="utf-8", errors="replace")))
     device = str(summary.get("device") or ("GPU" if any(row.get("device_memory_bytes") for row in records) else "CPU"))
     ranks = sorted({int(row["ranks"]) for row in records if row.get("ranks")})
     return Hardware(

@@ -38,6 +38,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "deeper" / "good too", seed=2)
     made_runs.make(tmp_path / "twin")
     made_runs.make(tmp_path / "stopped", finished=False)
+    made_runs.fail(made_runs.make(tmp_path / "failed", finished=False), "x\n  y: z")
     at_work = RunFolder(made_runs.make(tmp_path / "at work", finished=False))
     short = made_runs.make(tmp_path / "short") / "metrics.jsonl"
     short.write_text("".join(short.read_text().splitlines(True)[:2]))
@@ -51,6 +52,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     (tmp_path / "_sweep").mkdir()
+    made_runs.fail(at_work.path)  # in an earlier start
     lock = Lock(at_work)
     found = runs.find([tmp_path, tmp_path / "good"])
     lock.release()
@@ -59,6 +61,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     expected = {
         "twin": "the same configuration and seed as",
         "stopped": "unfinished: 3 of 3 rounds (`feddip-mpi resume` goes on)",
+        "failed": "failed after 3 of 3 rounds: error: x y: z",
         "at work": "unfinished: 3 of 3 rounds (at work: process",
         "short": "damaged: metrics.jsonl has 2 rounds, finished.json says 3",
         "torn": "damaged: metrics.jsonl cannot be read",

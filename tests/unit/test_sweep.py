@@ -13,6 +13,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+import made_runs
 import pytest
 
 from feddip_mpi import config, settings
@@ -176,6 +177,24 @@ def test_states(tmp_path: Path) -> None:
     Lock(RunFolder(tmp_path / four.name)).release()  # to look takes nothing away
 
 
+def test_a_cell_that_failed_says_so_and_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = cells("grid: {seed: [1, 2]}", "set: {rounds: 4}")
+    made_runs.fail(begun(made[0], tmp_path, 1).path)
+    begun(made[1], tmp_path, 4, finished=True)
+    found = [states.look(cell, tmp_path) for cell in made]
+    error = "error: client 1 (rank 0) diverged in round 1: loss nan"
+    assert found[0] == State(states.FAILED, 1, error)
+    command._show_plan(made, found, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 failed, 1 finished" in said and f"seed-1: {error}" in said
+    paces = estimate.known_paces(made, found, tmp_path)
+    left = estimate.estimate(made, found, tmp_path, paces, lambda c: 40, lambda c: (1, 1))
+    assert left.seconds is not None and left.seconds > 0
+    outcomes = runner.run(made, tmp_path, Fake(tmp_path, {}), 1, print, runner.Stop())
+    assert [outcome.kind for outcome in outcomes] == ["finished"]
+    assert "seed-1: goes on after round 1" in capsys.readouterr().out
+
+
 def test_a_folder_that_is_being_made_is_busy_and_one_half_made_is_begun(tmp_path: Path) -> None:
     """The lock and checkpoints/ come before config.yaml."""
     (cell,) = cells("grid: {seed: [1]}")
@@ -223,7 +242,7 @@ def test_a_changed_grid_reuses_nothing_silently(tmp_path: Path) -> None:
     (new,) = cells("grid: {seed: [1]}", "set: {learning_rate: 0.2, mask.every: 7}")
     assert new.name == old.name
     state = states.look(new, tmp_path)
-    assert state.kind == states.REFUSED
+    assert (state.kind, state.rounds) == (states.REFUSED, 2)
     assert "learning_rate is 0.1 there, 0.2 in the grid; mask.every is 5 there, 7 in the grid" in state.remark
     with pytest.raises(InputError, match="1 of 1 cells have a folder that is not theirs"):
         states.require_none_refused([new], [state], tmp_path)
