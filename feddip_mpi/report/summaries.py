@@ -18,11 +18,11 @@ from feddip_mpi import config, identity, metrics
 from feddip_mpi.report.runs import Hardware, Row, Run
 from feddip_mpi.settings import METHODS, Config
 
-# Disjoint.
+# Disjoint; the uploads are what `upload_bytes` adds up. Control messages are no kind of these: they go
+# with the ranks and not with the method, and a single rank counts them too.
 BYTE_KINDS = (
     "upload_values_bytes", "upload_indices_bytes", "upload_other_bytes", "upload_frame_bytes", "upload_extra_bytes",
     "download_values_bytes", "download_indices_bytes", "download_other_bytes", "download_frame_bytes", "residual_bytes",
-    "control_bytes",
 )  # fmt: skip
 PHASES = (
     "train",

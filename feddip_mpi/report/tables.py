@@ -21,7 +21,7 @@ SUMMARY_COLUMNS = (
 )  # fmt: skip
 _ROUND_NAMES = (
     "test_accuracy", "test_loss", "train_loss", "sparsity", "penalty", "mask_grown", "mask_pruned", "pruning_error",
-    "update_norm", "residual_norm", *summaries.BYTE_KINDS,
+    "update_norm", "residual_norm", *summaries.BYTE_KINDS, "control_bytes",
     "round_seconds", *(f"{phase}_seconds" for phase in summaries.PHASES),
     "host_memory_bytes", "device_memory_bytes",
 )  # fmt: skip

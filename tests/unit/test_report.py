@@ -241,6 +241,24 @@ def test_totals_phases_clients(study: Path) -> None:
     assert summaries.peak(mild, "host_memory_bytes").mean == 10**8 + 3
 
 
+def test_bytes_by_kind_are_the_uploads_of_the_table(tmp_path: Path) -> None:
+    """Control messages, which each rank sends whatever the method, are no part of them."""
+    pytest.importorskip("matplotlib")
+    change(made_runs.make(tmp_path / "run"), control_bytes=5000)
+    made = groups_of(tmp_path)
+    with drawing.style():
+        picture = figures.bytes_by_kind(made, drawing.Look(made))
+    assert picture is not None
+    left, right = picture.figure.subfigs[0].axes
+    assert list(left.lines[0].get_xdata()) == [summaries.lines(made)[0].upload_bytes.mean] == [300]
+    assert left.get_xlabel() == "uploaded in all rounds"
+    assert [text.get_text() for text in picture.figure.subfigs[0].legends[0].get_texts()] == [
+        "upload values",
+        "upload frame",
+    ]
+    assert "control messages, 15.0 kB with feddip 0.9" in picture.alternative
+
+
 def test_seeds_on_unlike_hardware_have_no_mean_of_seconds(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "a", 1)
     made_runs.make(tmp_path / "b", 2, processor="CPU Y", seconds=9.0)
