@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,10 @@ class RunFolder:
     def finished(self) -> Path:
         """Exists exactly when the run is complete: an exit code of mpirun proves nothing (docs/sharp-bits.md)."""
         return self.path / "finished.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
 
     @property
     def plot(self) -> Path:
@@ -135,6 +140,25 @@ def holder(folder: RunFolder) -> str | None:
     except OSError:
         pass
     return None
+
+
+_LOG_BYTES = 16384
+_ENTRY = re.compile(r"^\S+ \S+ rank \d+ [A-Z]+ ", re.MULTILINE)  # as `runtime.start_log` begins each
+
+
+def failure(folder: RunFolder) -> str | None:
+    """The error that a run ended with: the last entry of its log; None where that is something else.
+
+    Of a run that is at work, or was killed or stopped since, the last entry is another one.
+    """
+    try:
+        with open(folder.log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    last = _ENTRY.split(text)[-1]
+    return " ".join(last.split()) if last.startswith("error: ") else None
 
 
 class Lock:

@@ -1,7 +1,7 @@
 """Accuracy against what it costs: the figures that a paper takes from a report.
 
-Accuracy is the mean of a run's last five evaluations; of non-IID clients a single one swings by points. A method that
-is far below the others stands at the foot of its panel with its number, and does not stretch the scale.
+Accuracy is the mean of a run's last evaluations, up to five, at its last sparsity; of non-IID clients a single one swings by
+points. A method that is far below the others stands at the foot of its panel with its number, and does not stretch the scale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Cost = Callable[[Group], Spread]
 
 
 def accuracy(group: Group) -> Spread:
-    """The mean of the last five evaluations, over the seeds."""
+    """The mean of the last evaluations (`metrics.last_accuracies`), over the seeds."""
     return Spread.of(run.summary["test_accuracy_mean_of_last_5"] for run in group.runs)
 
 

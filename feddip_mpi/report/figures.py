@@ -236,9 +236,12 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     left.set_xscale("log")
     drawing.few_log_ticks(left, sums.min(), sums.max(), most=20)
     left.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    left.set_xlabel("all bytes of the run", fontsize=9)
     names = [name for name in summaries.BYTE_KINDS if any(kinds[name] for kinds in found)]
     labels = [name.removesuffix("_bytes").replace("_", " ") for name in names]
+    uploads_alone = all(name.startswith("upload_") for name in names)
+    left.set_xlabel(
+        "uploaded in all rounds" if uploads_alone else "uploads, sums handed on, residuals moved", fontsize=9
+    )
     _stack(
         right,
         places,
@@ -252,6 +255,8 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
         + ", ".join(f"{label} {terminal.size(kinds[n])}" for n, label in zip(names, labels, strict=True))
         for group, kinds in zip(groups, found, strict=True)
     )
+    control = summaries.totals(groups[0], ["control_bytes"])["control_bytes"]
+    told += f". Besides, not drawn, the ranks' control messages, {terminal.size(control)} with {groups[0].title}"
     return Picture("bytes-by-kind", "Bytes by kind and phase", f"{told}.", figure, tuple(groups))
 
 

@@ -138,6 +138,7 @@ def _section(
         "rows": [tables.display_cells(line, letters) for line in lines],
         "last": summaries.last_evaluations(members),
         "against": lines[0].against.title if lines[0].against else None,
+        "unequal": summaries.unequal_text(members),
         "mixed": len({kind for group in members for kind in group.hardware}) > 1,
         "figures": drawn,
         "no_clients": members[0].config.data.partition != "iid"
@@ -194,6 +195,7 @@ def _values(
         "version": __version__,
         "written": time.strftime("%Y-%m-%d %H:%M %z"),
         "spread_text": drawing.SPREAD,
+        "as_sparse": summaries.AS_SPARSE,
         "warnings": summaries.warnings(made, letters),
         "overviews": overviews,
         "sections": sections,

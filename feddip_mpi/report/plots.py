@@ -55,13 +55,12 @@ _MARKERS_UP_TO = 40  # points; beyond, markers would merge into a thick line
 
 
 def run_figure(records: Sequence[Row], title: str, path: PathLike) -> None:
-    """Draw a run: test accuracy, sparsity, penalty and learning rate, bytes sent, all by round.
+    """Draw a run: test accuracy, sparsity, penalty and learning rate, bytes uploaded, all by round.
 
     Args:
         records: one mapping a finished round (the lines of metrics.jsonl). Read are `round` (from 1), `test_accuracy`
-            and `sparsity`, `sparsity_asked` (all in [0, 1]), `penalty`, `learning_rate`, `wire_bytes` (handed to MPI by
-            all ranks in this round, by a single rank too) and `dense_bytes`; a value that is absent or None leaves a
-            point out.
+            and `sparsity`, `sparsity_asked` (all in [0, 1]), `penalty`, `learning_rate`, `upload_bytes` and `dense_bytes` (of
+            all participants in this round); a value that is absent or None leaves a point out.
         title: stands above the four panels.
         path: where to write it.
 
@@ -123,7 +122,7 @@ def draw_run(records: Sequence[Row], title: str) -> Figure:
     _draw_accuracy(panels[0], records)
     _draw_sparsity(panels[1], records)
     _draw_penalty_and_rate(panels[2], records)
-    _draw_bytes(panels[3], records, "wire_bytes", "Bytes handed to MPI")
+    _draw_bytes(panels[3], records, "upload_bytes", "Bytes uploaded")
     return figure
 
 

@@ -21,7 +21,7 @@ SUMMARY_COLUMNS = (
 )  # fmt: skip
 _ROUND_NAMES = (
     "test_accuracy", "test_loss", "train_loss", "sparsity", "penalty", "mask_grown", "mask_pruned", "pruning_error",
-    "update_norm", "residual_norm", *summaries.BYTE_KINDS,
+    "update_norm", "residual_norm", *summaries.BYTE_KINDS, "control_bytes",
     "round_seconds", *(f"{phase}_seconds" for phase in summaries.PHASES),
     "host_memory_bytes", "device_memory_bytes",
 )  # fmt: skip
@@ -137,8 +137,10 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
     versions = sorted({run.versions for line in made for run in line.group.runs})
     caption = (
         f"{group.setting}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round, "
-        f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])}, which the figures show; "
+        f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])} ({summaries.AS_SPARSE}), which "
+        "the figures show; "
         "points to dense after the last round. "
+        + (f"{unlike} " if (unlike := summaries.unequal_text([line.group for line in made])) else "")
         + "Hardware: " + "; ".join(f"{letters[kind]}: {kind}" for kind in kinds) + ". "
         + ("Seconds of different letters are not comparable. " if len(kinds) > 1 else "")
         + "Versions: " + "; ".join(versions) + "."
@@ -155,7 +157,7 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
 def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     """A task as a table for documents: a row a method, a column for each partition and sparsity.
 
-    A cell has the mean of the last five evaluations, the bytes uploaded, and how many times fewer those are than what the dense
+    A cell has the mean of the last evaluations, the bytes uploaded, and how many times fewer those are than what the dense
     yardstick of its partition uploaded.
 
     Args:
@@ -170,7 +172,7 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     rows = {group.label: group for group in sorted(every, key=_rank)}  # in the order in which a label comes first
     lines = [
         f"{in_markdown(name)}. Accuracy of the pruned model on the test images, mean of the "
-        f"{summaries.last_evaluations(every)}: {_over(of_most)}{unless}; uploads of all clients in all "
+        f"{summaries.last_evaluations(every)} ({summaries.AS_SPARSE}): {_over(of_most)}{unless}; uploads of all clients in all "
         "rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
         "| method | " + " | ".join(f"{summaries.capital(partition)}, {level:.4g}" for partition, level in columns) + " |",
         "|---" * (1 + len(columns)) + "|",
@@ -182,6 +184,7 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
         {f"{in_markdown(g.name)} {g.sparsity:.4g}" for g in every if g.prunes and abs(g.sparsity - g.level) > 1e-4}
     )
     lines += ["", f"Ended beside the sparsity asked for: {', '.join(beside)}."] if beside else []
+    lines += ["", in_markdown(unlike)] if (unlike := summaries.unequal_text(every)) else []
     return "\n".join(lines) + "\n"
 
 

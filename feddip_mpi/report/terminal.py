@@ -208,7 +208,7 @@ def _smaller(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _mean_of_last(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Of as many evaluations as there were, up to five; a single one is the accuracy itself."""
+    """Of as many of the last five evaluations as have the last sparsity; a single one is the accuracy itself."""
     count = summary["evaluations_in_mean"]
     numbers = f"{summary['test_accuracy_mean_of_last_5']:.4f} ({summary['test_accuracy_spread_of_last_5']:.4f})"
     return [(f"  mean (spread) of the last {count} evaluations", numbers)] if count > 1 else []

@@ -213,7 +213,7 @@ def run(
                 outcomes.append(Outcome(cell.name, "failed", 0.0, f"cannot be started ({error})"))
                 say(_line(outcomes[-1]))
                 continue
-            what = f"goes on after round {state.rounds}" if state.kind == states.UNFINISHED else "starts"
+            what = f"goes on after round {state.rounds}" if state.kind in states.BEGUN else "starts"
             say(f"[{count - len(waiting)}/{count}] {cell.name}: {what}")
         for job in list(at_work):
             if job.process.poll() is not None:

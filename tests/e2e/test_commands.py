@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny import ROOT, Command, records, settings
 
-from feddip_mpi import checkpoint, config, federation, summary
+from feddip_mpi import checkpoint, config, federation, metrics, summary
 from feddip_mpi.cli import cli
 from feddip_mpi.errors import DamagedFileError, InputError
 
@@ -79,6 +79,9 @@ def test_the_summary_has_the_names_that_are_documented(trained: Path) -> None:
     written = json.loads((trained / "finished.json").read_text())
     assert list(written) == list(summary.FIELDS)
     assert written["rounds"] == 4 and written["peak_host_memory_bytes"] > 2**20
+    last = metrics.last_accuracies(records(trained))  # of four rounds, two with the last mask
+    assert len(last) == written["evaluations_in_mean"] == 2
+    assert written["test_accuracy_mean_of_last_5"] == sum(last) / 2
 
 
 # inspect

@@ -38,6 +38,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "deeper" / "good too", seed=2)
     made_runs.make(tmp_path / "twin")
     made_runs.make(tmp_path / "stopped", finished=False)
+    made_runs.fail(made_runs.make(tmp_path / "failed", finished=False), "x\n  y: z")
     at_work = RunFolder(made_runs.make(tmp_path / "at work", finished=False))
     short = made_runs.make(tmp_path / "short") / "metrics.jsonl"
     short.write_text("".join(short.read_text().splitlines(True)[:2]))
@@ -51,6 +52,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     (tmp_path / "_sweep").mkdir()
+    made_runs.fail(at_work.path)  # in an earlier start
     lock = Lock(at_work)
     found = runs.find([tmp_path, tmp_path / "good"])
     lock.release()
@@ -59,6 +61,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     expected = {
         "twin": "the same configuration and seed as",
         "stopped": "unfinished: 3 of 3 rounds (`feddip-mpi resume` goes on)",
+        "failed": "failed after 3 of 3 rounds: error: x y: z",
         "at work": "unfinished: 3 of 3 rounds (at work: process",
         "short": "damaged: metrics.jsonl has 2 rounds, finished.json says 3",
         "torn": "damaged: metrics.jsonl cannot be read",
@@ -169,9 +172,19 @@ def test_groups_and_spreads(study: Path) -> None:
     assert dense.accuracy == Spread(pytest.approx(0.82), pytest.approx(0.80), pytest.approx(0.84), 2)
     assert mild.against is made[0]
     assert mild.accuracy_difference == pytest.approx(0.71 - 0.82)
-    assert hard.accuracy.high == pytest.approx(0.62) and hard.last5.mean == pytest.approx(0.51)
+    assert hard.accuracy.high == pytest.approx(0.62) and hard.last5.mean == pytest.approx(0.56)
     assert mild.times_fewer_bytes == pytest.approx(10) and mild.time_ratio == pytest.approx(2 / 3)
     assert mild.seconds == Spread(6.0, 6.0, 6.0, 2)
+
+
+def test_the_mean_of_the_last_evaluations_is_of_one_sparsity(tmp_path: Path) -> None:
+    """Also of a run whose summary is of a version that took all five: its first model is dense."""
+    old = made_runs.make(tmp_path / "run", accuracy=0.7)
+    change(old, finished__test_accuracy_mean_of_last_5=0.6, finished__evaluations_in_mean=3)
+    (group,) = groups_of(tmp_path)
+    (line,) = summaries.lines([group])
+    assert line.last5.mean == pytest.approx((0.6 + 0.7) / 2)
+    assert summaries.last_evaluations([group]) == "last 2 evaluations"
 
 
 def test_a_mean_lies_between_the_lowest_and_the_highest() -> None:
@@ -228,6 +241,24 @@ def test_totals_phases_clients(study: Path) -> None:
     assert summaries.peak(mild, "host_memory_bytes").mean == 10**8 + 3
 
 
+def test_bytes_by_kind_are_the_uploads_of_the_table(tmp_path: Path) -> None:
+    """Control messages, which each rank sends whatever the method, are no part of them."""
+    pytest.importorskip("matplotlib")
+    change(made_runs.make(tmp_path / "run"), control_bytes=5000)
+    made = groups_of(tmp_path)
+    with drawing.style():
+        picture = figures.bytes_by_kind(made, drawing.Look(made))
+    assert picture is not None
+    left, right = picture.figure.subfigs[0].axes
+    assert list(left.lines[0].get_xdata()) == [summaries.lines(made)[0].upload_bytes.mean] == [300]
+    assert left.get_xlabel() == "uploaded in all rounds"
+    assert [text.get_text() for text in picture.figure.subfigs[0].legends[0].get_texts()] == [
+        "upload values",
+        "upload frame",
+    ]
+    assert "control messages, 15.0 kB with feddip 0.9" in picture.alternative
+
+
 def test_seeds_on_unlike_hardware_have_no_mean_of_seconds(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "a", 1)
     made_runs.make(tmp_path / "b", 2, processor="CPU Y", seconds=9.0)
@@ -262,6 +293,69 @@ def test_variants_are_told_apart_by_what_is_not_the_default(tmp_path: Path) -> N
     assert any(
         "not all groups have the same seeds" in text for text in summaries.warnings(made, {made[0].hardware[0]: "A"})
     )
+
+
+def test_what_is_not_the_same_for_all_methods_is_said(tmp_path: Path) -> None:
+    """The methods' own keys are what is compared; what the labels of one method tell apart counts for it too."""
+    shared = {"learning_rate": 0.2}
+    for number, method in enumerate(("gradual", "snip", "ssfl")):
+        made_runs.make(
+            tmp_path / method, keys=shared | {"method": method, "upload.values": "fp32", "mask.every": number + 1}
+        )
+    made_runs.make(tmp_path / "feddip", keys=shared | {"penalty.maximum": 0.5})
+    made = groups_of(tmp_path)
+    expected = ["upload.values (FedDIP: int4; the others: fp32)"]
+    assert summaries.unequal(made) == expected
+    made_runs.make(tmp_path / "skewed", keys=shared | {"penalty.maximum": 0.5, "data.partition": "dirichlet"})
+    assert summaries.unequal(groups_of(tmp_path)) == expected  # a method may have partitions of its own
+    letters = {made[0].hardware[0]: "A"}
+    (said,) = [text for text in summaries.warnings(made, letters) if "not the same for all methods" in text]
+    assert said.endswith(f"not the same for all methods: {expected[0]}")
+    assert f"Not the same for all methods: {expected[0]}." in tables.to_latex(summaries.lines(made), letters)
+    ((name, family),) = summaries.families(made).items()
+    assert tables.to_markdown(name, family).endswith(f"Not the same for all methods: {expected[0]}.\n")
+    made_runs.make(tmp_path / "other", keys={"precision": "bf16", "penalty.maximum": 0.5})
+    assert summaries.unequal(groups_of(tmp_path)) == [
+        "learning_rate (FedDIP: 0.1, 0.2; the others: 0.2)", *expected, "precision (FedDIP: bf16, fp32; the others: fp32)",
+    ]  # fmt: skip
+    made_runs.make(tmp_path / "alone" / "one")
+    assert summaries.unequal_text(groups_of(tmp_path / "alone")) == ""
+
+
+def plain_grid(folder: Path) -> None:
+    """What `method: [fedavg, feddip]` by `sparsity.final: [0.5, 0.9]` made when FedAvg ran once for each sparsity."""
+    for share in (0.5, 0.9):
+        dense = {"method": "fedavg", "upload.values": "fp32", "sparsity.final": share}
+        made_runs.make(folder / f"fedavg-{share}", 1, 0.8, keys=dense, sparsity=0.0, upload=1000)
+        made_runs.make(folder / f"feddip-{share}", 1, 0.7, keys={"sparsity.final": share}, sparsity=share)
+
+
+def test_a_method_without_a_mask_is_one_group_for_all_sparsities(tmp_path: Path) -> None:
+    plain_grid(tmp_path)
+    found = runs.find([tmp_path])
+    ((twin, reason),) = [(item.path.name, item.reason) for item in found.left_out]
+    assert twin == "fedavg-0.9" and reason.endswith("fedavg-0.5, but for what fedavg does not look at (sparsity.final)")
+    made = summaries.groups(found.runs)
+    assert [group.title for group in made] == ["fedavg dense", "feddip 0.5", "feddip 0.9"]
+    assert all(line.times_fewer_bytes == pytest.approx(10) for line in summaries.lines(made)[1:])
+    ((name, family),) = summaries.families(made).items()
+    assert "| FedAvg (dense) | 0.7000<br>3.0 kB | 0.7000<br>3.0 kB |" in tables.to_markdown(name, family)
+
+
+def test_yardsticks_with_equal_results_are_one_and_others_are_named(tmp_path: Path) -> None:
+    dense = {"method": "fedavg", "upload.values": "fp32"}
+    letters = {runs.load(made_runs.make(tmp_path / "pruned")).hardware: "A"}
+    (missing,) = summaries.warnings(groups_of(tmp_path), letters)
+    assert "no dense FedAvg, so nothing" in missing and "method: fedavg and upload.values: fp32" in missing
+    made_runs.make(tmp_path / "one", 1, 0.8, keys=dense, sparsity=0.0)
+    made_runs.make(tmp_path / "at once", 1, 0.8, keys=dense | {"clients_at_once": 2}, sparsity=0.0)
+    assert summaries.dense_of(groups_of(tmp_path)) is not None
+    assert not any("FedAvg" in text for text in summaries.warnings(groups_of(tmp_path), letters))
+    made_runs.make(tmp_path / "faster", 1, 0.9, keys=dense | {"learning_rate": 0.3}, sparsity=0.0)
+    assert summaries.dense_of(groups_of(tmp_path)) is None
+    (several,) = [text for text in summaries.warnings(groups_of(tmp_path), letters) if "FedAvg" in text]
+    assert "several dense FedAvgs" in several and "report the runs of one alone" in several
+    assert all(name in several for name in ("one", "at once", "faster"))
 
 
 def test_a_sweep_names_its_methods(tmp_path: Path) -> None:
@@ -306,14 +400,16 @@ def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study
         "|---|---|---|---|",
         "| FedAvg (dense) | 0.7200 (0.7000 to 0.7400)<br>3.0 kB | 0.7200 (0.7000 to 0.7400)<br>3.0 kB "
         "| 0.7000 (seed 1)<br>3.0 kB |",
-        "| FedDIP | 0.6100 (0.6000 to 0.6200)<br>300 B, 10 x | 0.5100 (0.5000 to 0.5200)<br>300 B, 10 x "
-        "| 0.6000 (seed 1)<br>300 B, 10 x |",
+        "| FedDIP | 0.6600 (0.6500 to 0.6700)<br>300 B, 10 x | 0.5600 (0.5500 to 0.5700)<br>300 B, 10 x "
+        "| 0.6500 (seed 1)<br>300 B, 10 x |",
         "",
         "Ended beside the sparsity asked for: FedDIP 0.9012.",
+        "",
+        "Not the same for all methods: upload.values (FedAvg: fp32; FedDIP: int4).",
     ]  # fmt: skip
     assert (
-        "mean of the last 3 evaluations: mean of the seeds 1, 2 (lowest to highest), or those that a cell names;"
-        in text
+        f"mean of the last 2 to 3 evaluations ({summaries.AS_SPARSE}): mean of the seeds 1, 2 (lowest to highest), or those "
+        "that a cell names;" in text
     )
 
 
@@ -517,7 +613,7 @@ def test_files_beside_the_page(written: Path) -> None:
     }  # fmt: skip
     text = (written / "tables" / "summary.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
-    assert r"0.7100 (0.7000 to 0.7200) & 0.6100 (0.6000 to 0.6200) & -11.00" in text
+    assert r"0.7100 (0.7000 to 0.7200) & 0.6600 (0.6500 to 0.6700) & -11.00" in text
     assert {line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")} == {9}  # a cell a column
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import made_runs
 import pytest
 
 from feddip_mpi import config, run_folder, settings
@@ -55,6 +56,13 @@ def test_labels_win_and_equal_cells_are_one() -> None:
         ("fedavg", 0, 1), ("fedavg", 0, 2), ("feddip", 0.9, 1), ("feddip", 0.9, 2), ("feddip", 0.95, 1), ("feddip", 0.95, 2),
     ]  # fmt: skip
     assert all(cell.config.rounds == 2 for cell in made)
+
+
+def test_a_method_without_a_mask_is_one_cell_for_all_sparsities() -> None:
+    text = "grid: {method: [fedavg, feddip], sparsity.final: [0.5, 0.9], penalty.schedule: [steps, off]}"
+    made = names(text)
+    assert made[0] == "fedavg_sparsity-0.5_schedule-steps" and len(made) == 1 + 4
+    assert all(name.startswith("feddip_") for name in made[1:])
 
 
 def test_exclude_and_also() -> None:
@@ -170,6 +178,24 @@ def test_states(tmp_path: Path) -> None:
     Lock(RunFolder(tmp_path / four.name)).release()  # to look takes nothing away
 
 
+def test_a_cell_that_failed_says_so_and_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = cells("grid: {seed: [1, 2]}", "set: {rounds: 4}")
+    made_runs.fail(begun(made[0], tmp_path, 1).path)
+    begun(made[1], tmp_path, 4, finished=True)
+    found = [states.look(cell, tmp_path) for cell in made]
+    error = "error: client 1 (rank 0) diverged in round 1: loss nan"
+    assert found[0] == State(states.FAILED, 1, error)
+    command._show_plan(made, found, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 failed, 1 finished" in said and f"seed-1: {error}" in said
+    paces = estimate.known_paces(made, found, tmp_path)
+    left = estimate.estimate(made, found, tmp_path, paces, lambda c: 40, lambda c: (1, 1))
+    assert left.seconds is not None and left.seconds > 0
+    outcomes = runner.run(made, tmp_path, Fake(tmp_path, {}), 1, print, runner.Stop())
+    assert [outcome.kind for outcome in outcomes] == ["finished"]
+    assert "seed-1: goes on after round 1" in capsys.readouterr().out
+
+
 def test_a_folder_that_is_being_made_is_busy_and_one_half_made_is_begun(tmp_path: Path) -> None:
     """The lock and checkpoints/ come before config.yaml."""
     (cell,) = cells("grid: {seed: [1]}")
@@ -254,7 +280,7 @@ def test_a_changed_grid_reuses_nothing_silently(tmp_path: Path) -> None:
     (new,) = cells("grid: {seed: [1]}", "set: {learning_rate: 0.2, mask.every: 7}")
     assert new.name == old.name
     state = states.look(new, tmp_path)
-    assert state.kind == states.REFUSED
+    assert (state.kind, state.rounds) == (states.REFUSED, 2)
     assert "learning_rate is 0.1 there, 0.2 in the grid; mask.every is 5 there, 7 in the grid" in state.remark
     with pytest.raises(InputError, match="1 of 1 cells have a folder that is not theirs"):
         states.require_none_refused([new], [state], tmp_path)

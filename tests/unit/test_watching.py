@@ -42,6 +42,17 @@ def test_the_numbers_of_a_run_at_work(running: RunFolder) -> None:
     assert "nobody is at work" in shown(running)["state"]
 
 
+def test_a_run_that_failed_says_why(running: RunFolder) -> None:
+    made_runs.fail(running.path)
+    assert shown(running)["state"] == "failed: client 1 (rank 0) diverged in round 1: loss nan"
+    lock = Lock(running)
+    assert shown(running)["state"].startswith("at work")  # another start
+    lock.release()
+    with open(running.log, "a") as log:
+        log.write("2026-11-27 02:00:00,000 rank 0 INFO resume\n")
+    assert "nobody is at work" in shown(running)["state"]
+
+
 def test_before_the_first_round(running: RunFolder) -> None:
     running.metrics.unlink()
     found = shown(running)
