@@ -249,7 +249,7 @@ def test_bytes_by_kind_are_the_uploads_of_the_table(tmp_path: Path) -> None:
     with drawing.style():
         picture = figures.bytes_by_kind(made, drawing.Look(made))
     assert picture is not None
-    left, right = picture.figure.subfigs[0].axes
+    left, _ = picture.figure.subfigs[0].axes
     assert list(left.lines[0].get_xdata()) == [summaries.lines(made)[0].upload_bytes.mean] == [300]
     assert left.get_xlabel() == "uploaded in all rounds"
     assert [text.get_text() for text in picture.figure.subfigs[0].legends[0].get_texts()] == [
