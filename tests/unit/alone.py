@@ -31,6 +31,9 @@ class Alone:
         if error is not None:
             raise error
 
+    def any(self, flag: bool) -> bool:
+        return flag
+
     def require_same(self, what: str, value: Any) -> None:
         pass
 
