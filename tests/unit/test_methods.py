@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from alone import Alone
@@ -169,21 +168,13 @@ def test_resumed_equals_never_stopped(method: str, tmp_path: Path) -> None:
         saver.save(state, history)
         saver.wait()
         found, _ = checkpoint.newest(folder.checkpoints)
-        second = build(method, comm=Broadcasting())
+        second = build(method)
         resumed, _, _ = session._restore(second, found)
         assert set(resumed.memories) == set(state.memories)
         rest = play(second, resumed, stop)
         assert bits([resumed]) == bits([never_stopped])
         for name in ("upload_bytes", "test_loss", "mask_grown", "mask_pruned", "upload_extra_bytes"):
             assert [r[name] for r in history + rest] == [r[name] for r in records]
-
-
-class Broadcasting(Alone):
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def broadcast_array(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
 
 
 @pytest.mark.parametrize("method", ALL)
