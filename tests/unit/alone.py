@@ -19,7 +19,8 @@ class Alone:
     """
 
     rank, size, node_rank = 0, 1, 0
-    world_ranks, lost_ranks = (0,), ()
+    world_ranks: tuple[int, ...] = (0,)
+    lost_ranks: tuple[int, ...] = ()
     fault_tolerant = damaged = False
 
     def __init__(self, background: bool = False) -> None:

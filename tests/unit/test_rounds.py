@@ -117,7 +117,8 @@ class Saver:
     """Counts what is saved; the clock asks for a checkpoint in some rounds."""
 
     def __init__(self, overdue: tuple[int, ...] = ()) -> None:
-        self._overdue, self._round, self.saved = overdue, 0, []
+        self.saved: list[int] = []
+        self._overdue, self._round = overdue, 0
 
     def overdue(self) -> bool:
         self._round += 1
