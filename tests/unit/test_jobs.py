@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """trap 'exit 75' USR1; while :; do sleep 0.05; done"""
 
 
-def bash(script: str) -> subprocess.CompletedProcess[str]:
+def bash(script: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Its output; half a minute at most, after which nothing of it is left."""
     process = subprocess.Popen(
         ["bash", "-c", script],
         cwd=ROOT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -166,3 +168,109 @@ def test_a_chain_of_pbs_keeps_the_resources_it_was_given(tmp_path: Path) -> None
         f"qsub -V {options} jobs/pbs.sh for {options}",
         f"qsub -V {options} -W depend=afterany:7 jobs/pbs.sh for {options}",
     ], done.stdout + done.stderr
+
+
+# On one machine, with an environment and a launcher that do nothing.
+
+
+def fakes(folder: Path, mpirun: str, version: str = "mpirun (Open MPI) 5.0.8") -> dict[str, str]:
+    """The variables under which the scripts take a virtual environment and an mpirun of these lines."""
+    for path, text in (
+        (folder / "venv" / "bin" / "python", "exit 0"),
+        (folder / "bin" / "mpirun", f'[ "$1" = --version ] && {{ echo "{version}"; exit 0; }}\n{mpirun}'),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    return {
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "FEDDIP_VENV": str(folder / "venv"),
+        "FEDDIP_DATA": str(folder),
+    }  # fmt: skip
+
+
+OPEN_MPI = "--oversubscribe --bind-to none --mca mpi_yield_when_idle 1"
+
+
+@pytest.mark.parametrize(
+    ("version", "survive", "options", "transport"),
+    [
+        ("mpirun (Open MPI) 5.0.8", "0", OPEN_MPI, "self,sm,tcp"),
+        ("mpirun (Open MPI) 4.1.6", "0", OPEN_MPI, "self,vader,tcp"),
+        ("mpirun (Open MPI) 5.0.8", "1", f"{OPEN_MPI} --with-ft ulfm", "self,sm,tcp"),
+        ("HYDRA build details", "0", "", ""),
+    ],
+)
+def test_ranks_on_this_machine_get_the_options_of_their_launcher(
+    version: str, survive: str, options: str, transport: str, tmp_path: Path
+) -> None:
+    environment = fakes(tmp_path, 'echo "asked: $*"; echo "through: $OMPI_MCA_btl"', version)
+    done = bash("bash jobs/mpirun.sh program a 'b c'", {**environment, "NP": "999", "SURVIVE": survive})
+    assert done.returncode == 0, done.stderr
+    asked, through = done.stdout.splitlines()[-2:]
+    assert asked.split() == f"asked: -n 999 {options} program a b c".split()
+    assert through == f"through: {transport}"
+
+
+@pytest.mark.parametrize(("words", "ranks"), [("", "2"), ("program", "0"), ("program", "two")])
+def test_ranks_on_this_machine_need_a_number_and_a_command(words: str, ranks: str, tmp_path: Path) -> None:
+    done = bash(f"bash jobs/mpirun.sh {words}", {**fakes(tmp_path, "echo started"), "NP": ranks})
+    assert done.returncode == 1 and "started" not in done.stdout
+    assert ("no command given" if ranks == "2" else f"NP is the number of ranks, got '{ranks}'") in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "survive", "code", "said"),
+    [
+        ("mpirun", 0, 0, "mpirun -n 3 --map-by node"),
+        ("mpirun", 1, 0, "mpirun --with-ft ulfm -n 3 --map-by node"),
+        ("srun", 1, 2, "SURVIVE=1: srun ends all ranks when one dies"),
+    ],
+)
+def test_batch_scripts_survive_where_the_launcher_can(
+    launcher: str, survive: int, code: int, said: str, tmp_path: Path
+) -> None:
+    script = f"""LAUNCHER={launcher} SURVIVE={survive} RANKS=3 LAUNCH_OPTIONS=(--map-by node)
+        source jobs/lib.sh
+        launcher_command
+        echo "${{COMMAND[*]}}"
+    """
+    done = bash(script, fakes(tmp_path, "exit 1"))
+    assert done.returncode == code and said in (done.stderr if code else done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(("presses", "heard", "code"), [(1, ["USR1"], 75), (2, ["USR1", "TERM"], 3)])
+def test_control_c_in_the_quick_start_saves_and_twice_ends_at_once(
+    presses: int, heard: list[str], code: int, tmp_path: Path
+) -> None:
+    """As a terminal sends it: to the process group, in which mpirun is not."""
+    log = tmp_path / "heard"  # the fake's process id, then signals
+    log.touch()
+    environment = fakes(
+        tmp_path,
+        f"""trap 'echo INT >>{log}' INT
+            trap 'echo TERM >>{log}; exit 3' TERM
+            trap 'echo USR1 >>{log}; [[ {presses} == 1 ]] && exit 75' USR1
+            echo $$ >>{log}
+            while :; do sleep 0.05; done""",
+    )
+    # A shell that begins with the signal ignored, as in the background of a script, could not trap it.
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", "bash", "jobs/quickstart.sh", "--out", str(tmp_path / "run")],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for number in range(presses):
+            deadline = time.monotonic() + 30
+            while len(log.read_text().split()) <= number:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            assert os.getpgid(int(log.read_text().split()[0])) != process.pid
+            os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        for left in (process.pid, *map(int, log.read_text().split()[:1])):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(left, signal.SIGKILL)
+    assert (process.returncode, log.read_text().split()[1:]) == (code, heard), said
+    assert said.count("stopping after this round, with everything saved") == 1
+    assert ("stopped and saved; go on with:" in said) == (code == 75)

@@ -102,6 +102,28 @@ def test_ranks_change_no_bit_and_no_count(method: str) -> None:
         assert [sum(r[kind] for kind in kinds) for r in records] == [r["upload_bytes"] for r in records]
 
 
+@pytest.mark.parametrize("residual", ["keep", "ef21"])
+def test_a_dense_exchange_ends_close_to_the_others(residual: str) -> None:
+    """Its sums have other last bits; what is trained, cut and counted is the same."""
+    upload = {"values": "fp32", "residual": residual, "regrow": 0.2, "regrow_schedule": "constant"}
+    values: dict[str, Any] = {"upload": upload}
+    expected = rounds.initial_state(alone := build("feddip", **values))
+    records = play(alone, expected)
+    built = [build("feddip", exchange="dense", **values) for _ in range(2)]
+
+    def work(comm: Any) -> tuple[rounds.State, list[dict]]:
+        own = dataclasses.replace(built[comm.rank], comm=comm)
+        begun = rounds.initial_state(own)
+        return begun, play(own, begun)
+
+    (one, told), (other, _) = together(2, work)
+    assert torch.equal(one.server.weights, other.server.weights) and torch.equal(one.server.mask, other.server.mask)
+    assert torch.equal(one.server.mask, expected.server.mask)
+    assert torch.allclose(one.server.weights, expected.server.weights, rtol=1e-4, atol=1e-5)
+    assert [r["upload_bytes"] for r in told] == [r["upload_bytes"] for r in records]
+    assert sum(r["upload_indices_bytes"] for r in told) > 0 and sum(r["mask_pruned"] for r in told) > 0
+
+
 @pytest.mark.parametrize("method", ["ssfl", "prunefl"])
 def test_every_rank_knows_what_all_have_sent_before_the_first_round(method: str) -> None:
     """Whoever dies before the first record takes no count along."""

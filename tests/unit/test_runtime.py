@@ -8,14 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_methods import build
 
-from feddip_mpi import runtime
+from feddip_mpi import rounds, runtime, session
 from feddip_mpi.errors import InputError
+from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
+from feddip_mpi.stopping import StopFlag
 
 STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
@@ -190,6 +195,23 @@ def test_a_processor_is_named_with_its_vectors_and_asked_for_bf16(
     monkeypatch.setattr(runtime, "_cpu_info", lambda: told)
     assert runtime.hardware()["processor"] == processor
     assert runtime.lacks_bf16() == lacks
+
+
+@pytest.mark.parametrize(
+    ("precision", "lacks", "owner", "said"),
+    [("bf16", True, True, True), ("bf16", False, True, False), ("fp32", True, True, False), ("bf16", True, False, False)],
+)  # fmt: skip
+def test_bf16_that_is_emulated_is_told_once(
+    precision: str, lacks: bool, owner: bool, said: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(runtime, "lacks_bf16", lambda: lacks)
+    monkeypatch.setattr(session, "_play_on", lambda *_: None)
+    watchdog: Any = None
+    run = session.Run(RunFolder(tmp_path), StopFlag(), ExitStack(), watchdog, owner)
+    built = build("feddip", precision=precision)
+    session._play(built, run, rounds.initial_state(built), [])
+    assert ("bf16 is emulated by this CPU" in caplog.text) == said
 
 
 @pytest.mark.parametrize("version", [1, 2])

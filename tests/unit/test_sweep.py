@@ -477,7 +477,7 @@ def test_a_cell_that_goes_on_hears_of_a_signal_when_it_trains(tmp_path: Path) ->
                 os.utime(folder.metrics)
             return super().poll()
 
-    fake.start = lambda cell: Importing(fake, cell)  # type: ignore[method-assign, assignment]
+    fake.start = lambda cell: Importing(fake, cell)  # type: ignore[method-assign]
     with pytest.raises(Stopped, match="0 cells not begun"):
         runner.run([cell], tmp_path, fake, 1, lambda text: setattr(stop, "requested", True), stop)
     assert fake.signals == [(cell.name, signal.SIGUSR1)] and folder.metrics.stat().st_mtime > 0

@@ -42,6 +42,7 @@ class Together(Alone):
         return np.sum(self._all(np.array(values)), axis=0, dtype=values.dtype)
 
     def allreduce(self, values: np.ndarray) -> np.ndarray:
+        self.sent["update"] += values.nbytes
         return np.sum(self._all(values.copy()), axis=0, dtype=values.dtype)
 
     def require_same(self, what: str, value: Any) -> None:
