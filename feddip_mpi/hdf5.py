@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import stat
@@ -27,7 +28,7 @@ from feddip_mpi.errors import DamagedFileError, FeddipError, InputError, Unreada
 _SEAL_BYTES = 512  # of the user block; HDF5 allows powers of two from 512
 _SEAL_TITLE = b"feddip-mpi sealed HDF5\n"
 _READ_BYTES = 1 << 20
-# A draft has a name of its own and a finished file never changes; where a file system has no locks, HDF5 would open neither.
+# A finished file never changes; where a file system has no locks, HDF5 would not open it.
 _LOCKING = False
 
 
@@ -38,6 +39,38 @@ class Item:
     name: str
     array: np.ndarray
     attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Sink(io.FileIO):
+    """What HDF5 writes into. It never tells of an error: `check` does.
+
+    A library that has met a full disk prints a traceback for every dataset that is let go of, and crashes when the process
+    ends (h5py 3.16, HDF5 2.0).
+    """
+
+    _error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self._error is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self._error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+        return size or 0
+
+    def check(self) -> None:
+        """Raises OSError where something could not be written."""
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror)  # a new one: with its traceback it holds arrays
 
 
 class Draft:
@@ -52,9 +85,11 @@ class Draft:
 
         self.path = path
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        self._sink = _Sink(self._temporary, "w+")
         try:
-            self._file = h5py.File(self._temporary, "w", userblock_size=_SEAL_BYTES, locking=_LOCKING)
+            self._file = h5py.File(self._sink, "w", userblock_size=_SEAL_BYTES)
         except BaseException:
+            self._sink.close()
             self._temporary.unlink(missing_ok=True)
             raise
 
@@ -64,6 +99,7 @@ class Draft:
         for key, value in item.attributes.items():
             dataset.attrs[key] = value
         dataset.attrs["crc32"] = np.uint32(_crc(item.array))
+        self._sink.check()
 
     def finish(
         self, attributes: Mapping[str, Any], group_attributes: Mapping[str, Mapping[str, Any]] | None = None
@@ -78,8 +114,11 @@ class Draft:
         digest = _digest(file)
         file.attrs["digest"] = digest
         file.flush()
+        self._sink.check()
         file.attrs["complete"] = True
         file.close()
+        self._sink.check()
+        self._sink.close()
         _seal(self._temporary)
         replace_durably(self._temporary, self.path)
         return digest
@@ -87,8 +126,9 @@ class Draft:
     def discard(self) -> None:
         """Close and remove what is not finished; it may be called twice."""
         try:
-            with suppress(OSError, RuntimeError):  # what cannot be written cannot be closed; whoever wrote was told
+            with suppress(OSError, RuntimeError):  # whoever wrote was told
                 self._file.close()
+                self._sink.close()
         finally:
             with suppress(OSError):  # the next save removes it
                 self._temporary.unlink(missing_ok=True)

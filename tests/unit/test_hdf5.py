@@ -290,6 +290,28 @@ def test_a_file_system_without_locks_is_warned_of_and_written(tmp_path: Path) ->
     assert "no lock on this file system" in done.stderr
 
 
+FULL = """
+import numpy as np, resource, sys
+from pathlib import Path
+from feddip_mpi import hdf5
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+for _ in range(2):
+    try:
+        hdf5.write(Path(sys.argv[1]) / "file.h5", [hdf5.Item(f"x/{i}", np.arange(300.0)) for i in range(40)], {})
+    except OSError as error:
+        print(hdf5.reason(error))
+"""
+
+
+@pytest.mark.parametrize("room", [1000, 20_000, 90_000])
+def test_no_room_is_told_in_one_line(tmp_path: Path, room: int) -> None:
+    """HDF5 itself would print a traceback for every dataset, and crash when the process ends."""
+    argv = [sys.executable, "-c", FULL, tmp_path, str(room)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n" * 2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real_sync, real_replace = os.fsync, os.replace
