@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from feddip_mpi.errors import InputError
-from feddip_mpi.settings import PUBLISHED_PENALTY, Config
+from feddip_mpi.settings import LARGEST, PUBLISHED_PENALTY, Config
 
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
@@ -91,7 +91,8 @@ def validate(values: Mapping[str, Any], source: str = "configuration") -> Config
         config = Config.model_validate(values)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            key = ".".join(str(part) for part in item["loc"])
+            # What is missing of a list has no place in it: the list is too short.
+            key = ".".join(map(str, item["loc"][:-1] if item["type"] == "missing" else item["loc"]))
             problems.setdefault(key, _describe(key, item))
         config = _without(values, problems)
     if config is not None:
@@ -259,12 +260,33 @@ def _describe(key: str, item: Any) -> str:
             f"a key{where} is {item['input']!r}, which is no name (YAML reads on, off, yes and no as switches, and numbers as "
             f"numbers); valid keys: {', '.join(names)}"
         )
-    message = item["msg"][:1].lower() + item["msg"][1:]
-    if item["type"] == "model_type":  # pydantic would name a class of ours
-        message = f"input should be a section with some of the keys {', '.join(_section(item['loc']).model_fields)}"
-    elif item["type"] == "int_parsing" and (whole := _whole_number(item["input"])) is not None:
-        message += f"; write {whole}"
+    if item["type"] == "model_type":
+        message = f"allowed: a section with some of the keys {', '.join(_section(item['loc']).model_fields)}"
+    elif item["type"] == "method":
+        message = item["msg"]
+    else:
+        message = f"allowed: {_wanted(item['loc'])}{_way_out(item)}"
     return f"{key}: got {_shorten(item['input'])}; {message}"
+
+
+def _wanted(location: Sequence[str | int]) -> str:
+    """What the reference says of a key (or of an element of its list); what a number stands for tells shares from per cent."""
+    key = ".".join(part for part in location if isinstance(part, str))
+    field = next(field for name, field, _ in fields() if name == key)
+    kinds = typing.get_args(field.annotation) or (field.annotation,)
+    meaning = f" ({field.description})" if {int, float} & set(kinds) else ""
+    return _allowed(field) + (", or none" if type(None) in kinds else "") + meaning
+
+
+def _way_out(item: Any) -> str:
+    """What to write, where the value tells what was meant."""
+    if item["type"] == "int_parsing" and (whole := _whole_number(item["input"])) is not None:
+        return f"; write {whole}"
+    if item["type"] == "tuple_type":
+        return "; a list is written [a, b]"
+    if item["type"] == "number":
+        return "; YAML reads a bare on, off, yes and no as a switch"
+    return f"; no integer may be above {LARGEST}" if item["type"] == "size" else ""
 
 
 def _section(location: Sequence[str | int]) -> type[BaseModel]:
@@ -417,8 +439,15 @@ def _allowed(field: Any) -> str:
         for name, sign in signs.items()
         if getattr(rule, name, None) is not None
     ]
-    kind = {int: "integer", float: "number", bool: "on, off", str: "text"}.get(annotation, "list")
+    if typing.get_origin(annotation) is tuple:
+        return _allowed_list(typing.get_args(annotation))
+    kind = {int: "integer", float: "number", bool: "on, off", str: "text"}[annotation]
     return " ".join([kind, " and ".join(limits)]).strip()
+
+
+def _allowed_list(elements: Sequence[Any]) -> str:
+    kind = {int: "integers", str: "names"}[elements[0]]
+    return f"list of {kind}" if elements[-1] is Ellipsis else f"list of {len(elements)} {kind}"
 
 
 if __name__ == "__main__":
