@@ -56,10 +56,18 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the configuration {str(path)!r}: {error}; name a YAML file (see configs/)"
-        ) from None
+        raise unreadable("the configuration", Path(path), error, "configs/") from None
     return located(parse(text, overrides, source=str(path)))
+
+
+def unreadable(what: str, path: Path, error: OSError | UnicodeDecodeError, examples: str) -> InputError:
+    """The error for a file that a user named and that cannot be read as text; `examples`: where such files are."""
+    if os.path.isfile(path / "config.yaml"):
+        reason = f"it is a folder; its configuration is {path / 'config.yaml'}, and `feddip-mpi resume {path}` goes on with a run"
+    else:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else "it is no text (UTF-8)"
+        reason += f"; name a YAML file (see {examples})"
+    return InputError(f"cannot read {what} {str(path)!r}: {reason}")
 
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration") -> Config:

@@ -310,6 +310,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00rounds")
     with pytest.raises(InputError, match="cannot read the configuration"):
         config.load(tmp_path / "binary.yaml")
+    with pytest.raises(
+        InputError, match=r"missing.yaml': No such file or directory; name a YAML file \(see configs/\)$"
+    ):
+        config.load(tmp_path / "missing.yaml")
+    with pytest.raises(InputError, match=f"'{re.escape(str(tmp_path))}': Is a directory; name a YAML file"):
+        config.load(tmp_path)
+    run = tmp_path / "demo"
+    run.mkdir()
+    (run / "config.yaml").write_text("rounds: 3\n")
+    with pytest.raises(
+        InputError, match=f"its configuration is {run}/config.yaml, and `feddip-mpi resume {run}` goes on"
+    ):
+        config.load(run)
     (tmp_path / "good.yaml").write_text("rounds: 3\n", encoding="utf-8")
     assert config.load(tmp_path / "good.yaml", ["seed=9"]) == config.validate({"rounds": 3, "seed": 9})
     (tmp_path / "bad.yaml").write_text("rounds: 0\n", encoding="utf-8")
