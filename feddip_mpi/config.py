@@ -83,12 +83,23 @@ def read_mapping(text: str, source: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        detail = " ".join(str(error).split())
-        raise InputError(f"{source}: not valid YAML: {detail}") from None
+        raise InputError(f"{source}: not valid YAML: {_yaml_problem(error)}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected keys and values (rounds: 100), got {type(values).__name__}")
     return values
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Where and what, without the names that PyYAML has for its input."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+    line, problem, context = error.problem_mark.line, error.problem or "", error.context or ""
+    if r"'\t'" in problem:
+        return f"line {line + 1}: a tab; indent with spaces"
+    if error.context_mark is not None and error.context_mark.line != line:
+        context += f" (line {error.context_mark.line + 1})"
+    return f"line {line + 1}: {', '.join(filter(None, (context, problem)))}"
 
 
 def validate(values: Mapping[str, Any], source: str = "configuration") -> Config:
