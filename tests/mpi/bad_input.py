@@ -477,7 +477,7 @@ def _command_lines(empty: Path, folder: Path, run: Path) -> Iterator[Case]:
         (["train", str(empty), str(empty)], ["unexpected extra argument"]),
         (["train", str(empty), "--set"], ["--set", "argument"]),
         (["resume"], ["DIR"]),
-        (["resume", str(run), "--rounds", "9"], ["--rounds"]),
+        (["resume", str(run), "--rounds", "9"], ["--rounds", "use --set rounds=9"]),
         (["evaluate", path, "--batch-size", "0"], ["--batch-size", "0"]),
         (["evaluate", path, "--batch-size", "many"], ["--batch-size", "many"]),
         (["evaluate"], ["CHECKPOINT"]),
