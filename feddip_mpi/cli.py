@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -457,7 +457,7 @@ def main() -> None:
     except click.ClickException as error:
         _let_first_rank_speak()
         shown = io.StringIO()
-        error.show(shown)
+        _with_way_out(error).show(shown)
         output.note(shown.getvalue().rstrip())
         sys.exit(InputError.exit_code)
     except FeddipError as error:
@@ -467,6 +467,36 @@ def main() -> None:
     finally:
         output.settle()
     sys.exit(0)
+
+
+def _with_way_out(error: click.ClickException) -> click.ClickException:
+    """An option that there is not, but a key of that name: `--set` takes it."""
+    context = getattr(error, "ctx", None)
+    if not isinstance(error, click.NoSuchOption) or context is None:
+        return error
+    if all(parameter.name != "overrides" for parameter in context.command.params):
+        return error
+    from feddip_mpi import config as configs
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    keys = [key for key, *_ in configs.fields() if f".{key}".endswith(f".{name}")]
+    if not keys:
+        return error
+    value = _value_of(error.option_name, sys.argv)
+    ways = " or ".join(f"--set {key}={value}" for key in keys)
+    return click.UsageError(
+        f"No such option '{error.option_name}', but a key of the configuration: use {ways}", context
+    )
+
+
+def _value_of(option: str, words: Sequence[str]) -> str:
+    """What stands behind an option: 5 for `--rounds 5` and `--rounds=5`."""
+    for word, following in zip(words, [*words[1:], "VALUE"], strict=True):
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+        if word == option and not following.startswith("--"):
+            return following
+    return "VALUE"
 
 
 def _let_first_rank_speak() -> None:

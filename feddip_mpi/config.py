@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from feddip_mpi.errors import InputError
-from feddip_mpi.settings import PUBLISHED_PENALTY, Config
+from feddip_mpi.settings import LARGEST, PUBLISHED_PENALTY, Config
 
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
@@ -56,10 +56,18 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the configuration {str(path)!r}: {error}; name a YAML file (see configs/)"
-        ) from None
+        raise unreadable("the configuration", Path(path), error, "configs/") from None
     return located(parse(text, overrides, source=str(path)))
+
+
+def unreadable(what: str, path: Path, error: OSError | UnicodeDecodeError, examples: str) -> InputError:
+    """The error for a file that a user named and that cannot be read as text; `examples`: where such files are."""
+    if os.path.isfile(path / "config.yaml"):
+        reason = f"it is a folder; its configuration is {path / 'config.yaml'}, and `feddip-mpi resume {path}` goes on with a run"
+    else:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else "it is no text (UTF-8)"
+        reason += f"; name a YAML file (see {examples})"
+    return InputError(f"cannot read {what} {str(path)!r}: {reason}")
 
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "configuration") -> Config:
@@ -75,12 +83,23 @@ def read_mapping(text: str, source: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        detail = " ".join(str(error).split())
-        raise InputError(f"{source}: not valid YAML: {detail}") from None
+        raise InputError(f"{source}: not valid YAML: {_yaml_problem(error)}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected keys and values (rounds: 100), got {type(values).__name__}")
     return values
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Where and what, without the names that PyYAML has for its input."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+    line, problem, context = error.problem_mark.line, error.problem or "", error.context or ""
+    if r"'\t'" in problem:
+        return f"line {line + 1}: a tab; indent with spaces"
+    if error.context_mark is not None and error.context_mark.line != line:
+        context += f" (line {error.context_mark.line + 1})"
+    return f"line {line + 1}: {', '.join(filter(None, (context, problem)))}"
 
 
 def validate(values: Mapping[str, Any], source: str = "configuration") -> Config:
@@ -91,7 +110,8 @@ def validate(values: Mapping[str, Any], source: str = "configuration") -> Config
         config = Config.model_validate(values)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            key = ".".join(str(part) for part in item["loc"])
+            # What is missing of a list has no place in it: the list is too short.
+            key = ".".join(map(str, item["loc"][:-1] if item["type"] == "missing" else item["loc"]))
             problems.setdefault(key, _describe(key, item))
         config = _without(values, problems)
     if config is not None:
@@ -259,12 +279,33 @@ def _describe(key: str, item: Any) -> str:
             f"a key{where} is {item['input']!r}, which is no name (YAML reads on, off, yes and no as switches, and numbers as "
             f"numbers); valid keys: {', '.join(names)}"
         )
-    message = item["msg"][:1].lower() + item["msg"][1:]
-    if item["type"] == "model_type":  # pydantic would name a class of ours
-        message = f"input should be a section with some of the keys {', '.join(_section(item['loc']).model_fields)}"
-    elif item["type"] == "int_parsing" and (whole := _whole_number(item["input"])) is not None:
-        message += f"; write {whole}"
+    if item["type"] == "model_type":
+        message = f"allowed: a section with some of the keys {', '.join(_section(item['loc']).model_fields)}"
+    elif item["type"] == "method":
+        message = item["msg"]
+    else:
+        message = f"allowed: {_wanted(item['loc'])}{_way_out(item)}"
     return f"{key}: got {_shorten(item['input'])}; {message}"
+
+
+def _wanted(location: Sequence[str | int]) -> str:
+    """What the reference says of a key (or of an element of its list); what a number stands for tells shares from per cent."""
+    key = ".".join(part for part in location if isinstance(part, str))
+    field = next(field for name, field, _ in fields() if name == key)
+    kinds = typing.get_args(field.annotation) or (field.annotation,)
+    meaning = f" ({field.description})" if {int, float} & set(kinds) else ""
+    return _allowed(field) + (", or none" if type(None) in kinds else "") + meaning
+
+
+def _way_out(item: Any) -> str:
+    """What to write, where the value tells what was meant."""
+    if item["type"] == "int_parsing" and (whole := _whole_number(item["input"])) is not None:
+        return f"; write {whole}"
+    if item["type"] == "tuple_type":
+        return "; a list is written [a, b]"
+    if item["type"] == "number":
+        return "; YAML reads a bare on, off, yes and no as a switch"
+    return f"; no integer may be above {LARGEST}" if item["type"] == "size" else ""
 
 
 def _section(location: Sequence[str | int]) -> type[BaseModel]:
@@ -417,8 +458,15 @@ def _allowed(field: Any) -> str:
         for name, sign in signs.items()
         if getattr(rule, name, None) is not None
     ]
-    kind = {int: "integer", float: "number", bool: "on, off", str: "text"}.get(annotation, "list")
+    if typing.get_origin(annotation) is tuple:
+        return _allowed_list(typing.get_args(annotation))
+    kind = {int: "integer", float: "number", bool: "on, off", str: "text"}[annotation]
     return " ".join([kind, " and ".join(limits)]).strip()
+
+
+def _allowed_list(elements: Sequence[Any]) -> str:
+    kind = {int: "integers", str: "names"}[elements[0]]
+    return f"list of {kind}" if elements[-1] is Ellipsis else f"list of {len(elements)} {kind}"
 
 
 if __name__ == "__main__":

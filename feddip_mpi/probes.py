@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 from feddip_mpi import data, federation, masks, methods
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.errors import FeddipError
+from feddip_mpi.models import work
 from feddip_mpi.settings import Config
 from feddip_mpi.vector import flatten
 
@@ -46,6 +48,11 @@ sys.exit({_GRANTED})
 # 2.0 GB measured with 1 client on 1 rank, 3.0 GB with 8, 2.2 GB with 4 (docs/results/scaling.md).
 _VECTORS = 12
 _AT_ONCE = 5  # of a further client that trains at once: network, weights, gradient twice, workspace of the layers
+# What a step keeps, and the gradients of it. With the data ResNet-18 (batches of 128) is told to take 2.2 GB, measured 2.3;
+# LeNet-5 on Fashion-MNIST 0.45, measured 0.41 (one rank, CPU, torch 2.13).
+_OF_A_STEP = 2
+_OF_A_LAYER = 3  # in an evaluation, which keeps nothing: what a layer takes, what it gives, and one between them
+_LABEL_BYTES = 8
 _PROGRAM_BYTES = 300 * 10**6  # Python, torch and MPI before there is a model
 
 
@@ -145,15 +152,16 @@ def _seen_from(path: str) -> str | None:
 
 
 def mask(settings: Config) -> Json:
-    """The initial weights and first mask as this rank makes them.
+    """The initial weights and first mask as this rank makes them, and what training with them takes.
 
     Where the clients' gradients would decide (snip, ssfl, prunefl) a magnitude mask stands in for theirs.
 
     Returns:
-        "digest" (CRC-32, hexadecimal), "size" (n) and "prunable" (P), and "error" where the model cannot be made.
+        "digest" (CRC-32, hexadecimal), "size" (n), "prunable" (P), "data_bytes" (images and labels), "kept_bytes" and
+        "largest_bytes" (see `work.kept_bytes`), and "error" where the model cannot be made.
     """
     try:
-        shape, classes = data.shape_of(settings.data, settings.seed)
+        shape, classes, images = data.outline_of(settings.data, settings.seed)
         module, layout = federation.build_model(settings, shape, classes)
         weights = flatten(module, layout)
         method = methods.make(settings, module, layout, shape)
@@ -163,28 +171,41 @@ def mask(settings: Config) -> Json:
             made = method.first_mask("magnitude", weights[: layout.prunable], [])
         first = masks.digest(made)
     except FeddipError as error:
-        return {"digest": None, "error": str(error), "size": 0, "prunable": 0}
+        nothing = dict.fromkeys(("size", "prunable", "data_bytes", "kept_bytes", "largest_bytes"), 0)
+        return {"digest": None, "error": str(error), **nothing}
     digest = zlib.crc32(weights.numpy().view(np.uint8).data, first)
-    return {"digest": f"{digest:08x}", "error": None, "size": layout.size, "prunable": layout.prunable}
+    kept, largest = work.kept_bytes(module, shape)
+    return {
+        "digest": f"{digest:08x}",
+        "error": None,
+        "size": layout.size,
+        "prunable": layout.prunable,
+        "data_bytes": images * (math.prod(shape) + _LABEL_BYTES),
+        "kept_bytes": kept,
+        "largest_bytes": largest,
+    }
 
 
-def needs(settings: Config, size: int, prunable: int, ranks: int) -> Json:
-    """Bytes that a run takes, roughly: memory of the busiest rank (without the data), disk for its checkpoints. Pure.
+def needs(settings: Config, made: Json, ranks: int) -> Json:
+    """Bytes that a run takes, roughly: memory of the busiest rank, and of a node for the data; disk for checkpoints. Pure.
 
     Args:
-        size: n, all weights.
-        prunable: P.
+        made: see `mask`.
         ranks: the clients' residuals are spread over.
     """
-    upload = settings.upload
+    size, prunable, upload = made["size"], made["prunable"], settings.upload
     residual = 0 if upload.residual == "drop" else (2 if upload.residual_values == "bf16" else 4) * prunable
     held, trained = -(-settings.clients // ranks), -(-settings.participants // ranks)
-    vectors = _VECTORS + trained + _AT_ONCE * (min(settings.clients_at_once, trained) - 1)
+    at_once = min(settings.clients_at_once, trained)
+    vectors = _VECTORS + trained + _AT_ONCE * (at_once - 1)
     in_memory = min(held * residual, upload.residual_memory * 2**20)  # the others lie in a file
+    training = _OF_A_STEP * at_once * settings.batch_size * made["kept_bytes"]
+    activations = max(training, _OF_A_LAYER * settings.eval.batch_size * made["largest_bytes"])
     checkpoint = 4 * size + prunable // 8 + settings.clients * residual
     files = settings.checkpoint.keep + settings.checkpoint.best + 1  # the newest is written before the oldest goes
     return {
-        "memory_bytes": _PROGRAM_BYTES + 4 * size * vectors + in_memory,
+        "memory_bytes": _PROGRAM_BYTES + 4 * size * vectors + in_memory + activations,
+        "data_bytes": 2 * made["data_bytes"],  # as a node's first rank reads them, and as its ranks share them
         "one_checkpoint_bytes": 4 * size + prunable // 8,
         "disk_bytes": checkpoint * min(files, settings.rounds),
     }

@@ -18,7 +18,7 @@ def _on_off(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
-_LARGEST = 2**63 - 1  # integers
+LARGEST = 2**63 - 1  # integers
 
 
 class _Section(BaseModel):
@@ -33,9 +33,7 @@ class _Section(BaseModel):
         # pydantic would read `rounds: yes` as one round.
         given = value if isinstance(value, (list, tuple)) else (value,)
         if any(isinstance(item, bool) for item in given) and cls._holds(info, int, float):
-            raise PydanticCustomError(
-                "number", "input should be a number; YAML reads a bare on, off, yes and no as a switch"
-            )
+            raise PydanticCustomError("number", "a number is no switch")  # `config` says what is allowed
         return value
 
     @field_validator("*")
@@ -43,8 +41,8 @@ class _Section(BaseModel):
     def _of_64_bits(cls, value: Any, info: ValidationInfo) -> Any:
         """What is larger fits no array and no file, and would show late."""
         given = value if isinstance(value, tuple) else (value,)
-        if cls._holds(info, int) and any(item is not None and abs(item) > _LARGEST for item in given):
-            raise PydanticCustomError("size", "input should be less than or equal to {largest}", {"largest": _LARGEST})
+        if cls._holds(info, int) and any(item is not None and abs(item) > LARGEST for item in given):
+            raise PydanticCustomError("size", "an integer of more than 64 bits")
         return value
 
     @classmethod

@@ -40,7 +40,7 @@ def verdicts(rows: Sequence[Row], folder: Row, needs: Row) -> list[Verdict]:
     Args:
         rows: one a rank, see `doctor.look` and `probes`.
         folder: see `runtime.file_system`.
-        needs: bytes that the configuration takes: "memory_bytes" a rank, "disk_bytes"; see `needs.of`.
+        needs: bytes that the configuration takes, see `probes.needs`.
     """
     checks: dict[str, tuple[Iterator[Verdict], str]] = {
         "launch": (_launch(rows), f"MPI sees {len(rows)} rank(s), as many as were started"),
@@ -49,7 +49,11 @@ def verdicts(rows: Sequence[Row], folder: Row, needs: Row) -> list[Verdict]:
         "mask": (_mask(rows), f"all ranks make the same weights and mask ({rows[0]['mask']['digest']})"),
         "cores": (_cores(rows), "at least a core for each thread of the ranks"),
         "clocks": (_clocks(rows), _clock_pass(rows)),
-        "memory": (_memory(rows, needs), f"about {terminal.size(needs['memory_bytes'])} a rank needed and free"),
+        "memory": (
+            _memory(rows, needs),
+            f"about {terminal.size(needs['memory_bytes'])} a rank and {terminal.size(needs['data_bytes'])} of data a node "
+            "needed and free",
+        ),
         "folder": (_folder(rows, folder), f"{folder['type']}, can be written, locks work"),
         "disk": (_disk(folder, needs), f"at most {terminal.size(needs['disk_bytes'])} for checkpoints needed and free"),
     }
@@ -158,10 +162,11 @@ def _memory(rows: Sequence[Row], needs: Row) -> Iterator[Verdict]:
     wanted = max(_LITTLE_MEMORY, needs["memory_bytes"])
     for host, ranks in _groups(rows, lambda row: row["host"]).items():
         free = min(rows[rank]["memory_available_bytes"] for rank in ranks)
-        if free < wanted * len(ranks):
+        if free < wanted * len(ranks) + needs["data_bytes"]:
             yield _warn(
                 f"{host}: {terminal.size(free)} of memory are free for {len(ranks)} rank(s), about {terminal.size(wanted)} "
-                "each are wanted: fewer ranks a node, or fewer clients a rank"
+                f"each and {terminal.size(needs['data_bytes'])} of data are wanted: fewer ranks a node, fewer clients a "
+                "rank, or smaller batches"
             )
 
 

@@ -33,6 +33,7 @@ class Known:
             for IDX. A file may also be there gzipped, with `.gz` appended, where `gzipped` says so.
         folders: where below a data folder they may lie; the first is where a download puts them.
         telling: whether the names of the files alone tell this data set from the others.
+        images: for training and testing together.
         shape: channels, height, width of an image.
         mean, std: per channel, in units of pixel / 255, of the official training images.
         package: the Debian package that installs it, if there is one.
@@ -45,6 +46,7 @@ class Known:
     telling: bool
     remotes: tuple[Remote, ...]
     class_names: tuple[str, ...]
+    images: int
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -75,6 +77,7 @@ _FASHION_MNIST = Known(
     class_names=(
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
     ),
+    images=70_000,
     shape=(1, 28, 28),
     mean=(0.2860,),
     std=(0.3530,),
@@ -97,6 +100,7 @@ _MNIST = Known(
         ),
     ),
     class_names=tuple("0123456789"),
+    images=70_000,
     shape=(1, 28, 28),
     mean=(0.1307,),
     std=(0.3081,),
@@ -115,6 +119,7 @@ _CIFAR10 = Known(
         ),
     ),
     class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    images=60_000,
     shape=(3, 32, 32),
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
@@ -143,6 +148,7 @@ _CIFAR100 = Known(
         ),
     ),
     class_names=tuple(_CIFAR100_CLASSES.split()),
+    images=60_000,
     shape=(3, 32, 32),
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),

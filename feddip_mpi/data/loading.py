@@ -49,12 +49,19 @@ def load(config: DataConfig, seed: int) -> Dataset:
 
 def shape_of(config: DataConfig, seed: int) -> tuple[tuple[int, int, int], int]:
     """Channels, height and width of an image, and the number of classes; read from the data only where it must be."""
+    return outline_of(config, seed)[:2]
+
+
+def outline_of(config: DataConfig, seed: int) -> tuple[tuple[int, int, int], int, int]:
+    """The same, and the number of images for training and testing together."""
     if config.name in KNOWN:
-        return KNOWN[config.name].shape, len(KNOWN[config.name].class_names)
+        known = KNOWN[config.name]
+        return known.shape, len(known.class_names), known.images
     if config.name == "synthetic":
-        return config.synthetic.shape, config.synthetic.classes
+        made = config.synthetic
+        return made.shape, made.classes, made.train_samples + made.test_samples
     dataset = load(config, seed)
-    return dataset.shape, dataset.classes
+    return dataset.shape, dataset.classes, len(dataset.train_labels) + len(dataset.test_labels)
 
 
 def _load_known(config: DataConfig) -> Dataset:

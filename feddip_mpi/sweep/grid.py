@@ -78,9 +78,7 @@ def load(path: Path) -> list[Cell]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the grid {str(path)!r}: {error}; name a YAML file (see configs/study/)"
-        ) from None
+        raise config.unreadable("the grid", path, error, "configs/study/") from None
     return cells(config.read_mapping(text, str(path)), str(path), path.parent)
 
 
@@ -114,10 +112,17 @@ def cells(values: Mapping[str, Any], source: str, folder: Path) -> list[Cell]:
 def _base(values: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:
     base = values.get("base")
     if isinstance(base, str):
-        return config.to_dict(config.load(folder / base))
+        return config.to_dict(_configuration(folder / base, f"{source}: base"))
     if base is None or isinstance(base, dict):
         return config.to_dict(config.validate(_nested(_keys(base or {}, source, "base"), source), f"{source}: base"))
     raise InputError(f"{source}: base: got {base!r}; name a configuration file, or give keys and values")
+
+
+def _configuration(path: Path, place: str) -> Config:
+    try:
+        return config.load(path)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def _axes(given: Any, source: str, folder: Path) -> dict[str, list[_Choice]]:
@@ -142,7 +147,7 @@ def _labelled_choice(axis: str, label: Any, given: Any, source: str, folder: Pat
     first: dict[str, Any] = {}
     if (name := keys.pop("file", None)) is not None:
         path = folder / str(name)
-        config.load(path)  # says what is wrong with it
+        _configuration(path, f"{source}: grid: {axis}: {label}: file")  # says what is wrong with it
         first = _keys(config.read_mapping(path.read_text(encoding="utf-8"), str(path)), source, str(path))
     return _Choice(axis, _text(label), keys, True, first)
 

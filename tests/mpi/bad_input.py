@@ -161,7 +161,7 @@ def _yaml(folder: Path) -> Iterator[Case]:
     laughs = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 25))
     for name, content, words in (
         ("bracket", "rounds: [1, 2\n", ["not valid YAML"]),
-        ("tab", "mask:\n\tevery: 3\n", ["not valid YAML"]),
+        ("tab", "mask:\n\tevery: 3\n", ["not valid YAML", "line 2: a tab; indent with spaces"]),
         ("twice", "rounds: 3\nclients: 9\nrounds: 4\n", ["key 'rounds' given twice", "line 3"]),
         ("twice inside", "mask:\n  every: 3\n  every: 4\n", ["key 'every' given twice"]),
         ("list", "- rounds\n- clients\n", ["expected keys and values", "list"]),
@@ -477,7 +477,7 @@ def _command_lines(empty: Path, folder: Path, run: Path) -> Iterator[Case]:
         (["train", str(empty), str(empty)], ["unexpected extra argument"]),
         (["train", str(empty), "--set"], ["--set", "argument"]),
         (["resume"], ["DIR"]),
-        (["resume", str(run), "--rounds", "9"], ["--rounds"]),
+        (["resume", str(run), "--rounds", "9"], ["--rounds", "use --set rounds=9"]),
         (["evaluate", path, "--batch-size", "0"], ["--batch-size", "0"]),
         (["evaluate", path, "--batch-size", "many"], ["--batch-size", "many"]),
         (["evaluate"], ["CHECKPOINT"]),

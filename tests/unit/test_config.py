@@ -232,6 +232,26 @@ def test_yaml_that_is_no_configuration(text: str, clue: str) -> None:
         config.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rounds: 3\n\tclients: 4\n", "line 2: a tab; indent with spaces"),
+        ("mask:\n\tevery: 3\n", "line 2: a tab; indent with spaces"),
+        (
+            "rounds: 3\nmodel: [a,\n  b\nclients: 4\n",
+            "line 4: while parsing a flow sequence (line 2), expected ',' or ']', but got ':'",
+        ),
+        ("rounds: *nothing\n", "line 1: found undefined alias 'nothing'"),
+        ("rounds: 3\n---\n", "line 2: expected a single document in the stream (line 1), but found another document"),
+        ("rounds: 3\0", "unacceptable character #x0000: special characters are not allowed at position 9"),
+    ],
+)
+def test_wrong_yaml_is_told_with_its_line(text: str, told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        config.parse(text, source="mine.yaml")
+    assert str(caught.value) == f"mine.yaml: not valid YAML: {told}"
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "null", "sparsity: {}"])
 def test_an_empty_file_is_the_default(text: str) -> None:
     assert config.parse(text) == Config()
@@ -310,6 +330,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00rounds")
     with pytest.raises(InputError, match="cannot read the configuration"):
         config.load(tmp_path / "binary.yaml")
+    with pytest.raises(
+        InputError, match=r"missing.yaml': No such file or directory; name a YAML file \(see configs/\)$"
+    ):
+        config.load(tmp_path / "missing.yaml")
+    with pytest.raises(InputError, match=f"'{re.escape(str(tmp_path))}': Is a directory; name a YAML file"):
+        config.load(tmp_path)
+    run = tmp_path / "demo"
+    run.mkdir()
+    (run / "config.yaml").write_text("rounds: 3\n")
+    with pytest.raises(
+        InputError, match=f"its configuration is {run}/config.yaml, and `feddip-mpi resume {run}` goes on"
+    ):
+        config.load(run)
     (tmp_path / "good.yaml").write_text("rounds: 3\n", encoding="utf-8")
     assert config.load(tmp_path / "good.yaml", ["seed=9"]) == config.validate({"rounds": 3, "seed": 9})
     (tmp_path / "bad.yaml").write_text("rounds: 0\n", encoding="utf-8")

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from alone import Alone
 
 from feddip_mpi import config, probes, runtime, verdicts
+from feddip_mpi.models import work
 
 FOLDER = {"path": "runs", "mount": "/", "type": "ext4", "network": False, "writable": True, "free_bytes": 10**12}
-NEEDS = {"memory_bytes": 10**9, "one_checkpoint_bytes": 10**8, "disk_bytes": 10**9}
+NEEDS = {"memory_bytes": 10**9, "data_bytes": 10**8, "one_checkpoint_bytes": 10**8, "disk_bytes": 10**9}
 
 
 def row(rank: int = 0, **changes) -> dict:
@@ -40,6 +42,7 @@ def found(*rows: dict, **changes) -> list[tuple[str, str, str]]:
 def test_every_check_passes_on_healthy_ranks() -> None:
     said = judged(row(0), row(1), row(2, host="node2"))
     assert [verdict.level for verdict in said] == ["PASS"] * 9
+    assert "about 1.0 GB a rank and 100.0 MB of data a node needed and free" in [verdict.text for verdict in said]
     assert {verdict.check for verdict in said} == {
         "launch", "devices", "versions", "mask", "cores", "clocks", "memory", "folder", "disk",
     }  # fmt: skip
@@ -85,7 +88,11 @@ GPU = {"name": "GPU", "id": "GPU-1"}
             "WARN", "clocks", "rank 1 (node2) is 3.5 s (to within 0.01 s) behind",
         ),
         ([row(memory_available_bytes=10**8)], {}, "WARN", "memory", "100.0 MB of memory"),
-        ([row()], {"memory_bytes": 10**12}, "WARN", "memory", "about 1.0 TB each are wanted"),
+        ([row()], {"memory_bytes": 10**12}, "WARN", "memory", "about 1.0 TB each and 100.0 MB of data are wanted"),
+        (
+            [row(r, memory_available_bytes=2 * 10**9) for r in range(2)], {},
+            "WARN", "memory", "2.0 GB of memory are free for 2 rank(s), about 1.0 GB each and 100.0 MB of data",
+        ),
         ([row()], {"writable": False}, "FAIL", "folder", "may not write"),
         ([row()], {"network": True, "type": "nfs4"}, "WARN", "folder", "network file system (nfs4)"),
         ([row(lock="granted")], {}, "WARN", "folder", "(ext4): locks do not work, seen from rank 0 (a second lock"),
@@ -176,16 +183,51 @@ def test_the_mask_depends_on_the_seed_only() -> None:
     assert broken["digest"] is None and "nowhere" in broken["error"]
 
 
+def made(size: int = 1000, prunable: int = 800, **more: int) -> dict:
+    """What `probes.mask` says of a network and its data."""
+    return {"size": size, "prunable": prunable, "data_bytes": 0, "kept_bytes": 0, "largest_bytes": 0, **more}
+
+
 def test_needs_grow_with_clients_and_shrink_with_ranks() -> None:
     settings = config.parse("", ["clients=50", "checkpoint.keep=2", "checkpoint.best=false"])
-    one, many = probes.needs(settings, 1000, 800, 1), probes.needs(settings, 1000, 800, 50)
+    one, many = probes.needs(settings, made(), 1), probes.needs(settings, made(), 50)
     assert one["memory_bytes"] - many["memory_bytes"] == 49 * 4 * 800 + 4 * 4 * 1000
     assert one["disk_bytes"] == 3 * (4 * 1000 + 100 + 50 * 4 * 800) == many["disk_bytes"]
-    spilled = probes.needs(config.override(settings, ["upload.residual_memory=0"]), 1000, 800, 1)
+    spilled = probes.needs(config.override(settings, ["upload.residual_memory=0"]), made(), 1)
     assert one["memory_bytes"] - spilled["memory_bytes"] == 50 * 4 * 800
-    half = probes.needs(config.override(settings, ["upload.residual_values=bf16"]), 1000, 800, 1)
+    half = probes.needs(config.override(settings, ["upload.residual_values=bf16"]), made(), 1)
     assert one["memory_bytes"] - half["memory_bytes"] == 50 * 2 * 800
-    at_once = probes.needs(config.override(settings, ["clients_at_once=3"]), 1000, 800, 1)
+    at_once = probes.needs(config.override(settings, ["clients_at_once=3"]), made(), 1)
     assert at_once["memory_bytes"] > one["memory_bytes"]
-    assert probes.needs(config.override(settings, ["clients_at_once=3"]), 1000, 800, 50) == many
-    assert probes.needs(config.parse("", ["upload.residual=drop"]), 1000, 800, 1)["disk_bytes"] == 5 * 4100
+    assert probes.needs(config.override(settings, ["clients_at_once=3"]), made(), 50) == many
+    assert probes.needs(config.parse("", ["upload.residual=drop"]), made(), 1)["disk_bytes"] == 5 * 4100
+
+
+def test_needs_count_the_data_and_the_larger_of_two_batches() -> None:
+    settings = config.parse("", ["batch_size=10", "eval.batch_size=1"])
+    bare = probes.needs(settings, made(), 1)
+    assert bare["data_bytes"] == 0 and probes.needs(settings, made(data_bytes=70), 1)["data_bytes"] == 140
+
+    def more(*changes: str) -> int:
+        layers = made(kept_bytes=1000, largest_bytes=100)
+        changed = config.override(settings, changes)
+        return probes.needs(changed, layers, 1)["memory_bytes"] - probes.needs(changed, made(), 1)["memory_bytes"]
+
+    assert more() == 2 * 10 * 1000
+    assert more("clients_at_once=3") == 3 * 2 * 10 * 1000
+    assert more("eval.batch_size=500") == 3 * 500 * 100
+
+
+def test_what_a_step_keeps_is_counted_once() -> None:
+    """A linear layer keeps its input, ReLU its output, which is the next layer's input; parameters are no activations."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    before = torch.get_rng_state()
+    assert work.kept_bytes(model, (3, 2, 2)) == (4 * (12 + 5), 4 * 12)
+    assert torch.equal(torch.get_rng_state(), before) and model[1].weight.grad is None
+
+
+def test_the_size_of_the_data_is_known_without_reading_it() -> None:
+    said = probes.mask(config.parse("", ["data.name=cifar100", "data.path=/nowhere"]))
+    assert said["data_bytes"] == 60_000 * (3 * 32 * 32 + 8)
+    said = probes.mask(config.parse("", ["data.name=synthetic", "data.synthetic.test_samples=100"]))
+    assert said["data_bytes"] == 6100 * (28 * 28 + 8)

@@ -134,6 +134,25 @@ grid: {method: {m: {file: m.yaml, participants: 4}}, seed: [1]}
         grid.cells(config.read_mapping(text.replace("m.yaml", "n.yaml"), "g"), "g", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("base: nope.yaml\ngrid: {seed: [1]}\n", "base"),
+        ("grid:\n  method:\n    mine: {file: nope.yaml}\n", "grid: method: mine: file"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_with_its_grid_and_key(text: str, place: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as told:
+        grid.load(path)
+    assert str(told.value).startswith(
+        f"{path}: {place}: cannot read the configuration '{tmp_path}/nope.yaml': No such file"
+    )
+    with pytest.raises(InputError, match=r"cannot read the grid '.*': Is a directory; .*configs/study"):
+        grid.load(tmp_path)
+
+
 def test_the_grids_are_good() -> None:
     files = sorted((ROOT / "configs" / "study").glob("*.yaml"))
     assert "fashion-mnist" in [file.stem for file in files]

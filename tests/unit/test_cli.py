@@ -1,0 +1,42 @@
+"""The command line by itself: what it says of options, before any command begins."""
+
+import sys
+
+import pytest
+
+from feddip_mpi import cli
+
+
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What a command that ends with exit code 2 says on stderr."""
+    monkeypatch.setattr(sys, "argv", ["feddip-mpi", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (["train", "mine.yaml", "--rounds", "5"], "'--rounds', but a key of the configuration: use --set rounds=5"),
+        (["train", "mine.yaml", "--rounds=5"], "use --set rounds=5"),
+        (["train", "mine.yaml", "--sparsity.final", "0.9"], "use --set sparsity.final=0.9"),
+        (["plan", "mine.yaml", "--final", "0.9"], "use --set sparsity.final=0.9"),
+        (["resume", "runs/demo", "--learning-rate", "0.1"], "use --set learning_rate=0.1"),
+        (["train", "mine.yaml", "--feedback", "--out", "x"], "use --set feedback=VALUE"),
+        (["train", "mine.yaml", "--name", "x"], "use --set data.name=x or --set model.name=x"),
+    ],
+)
+def test_an_option_that_is_a_key_is_told_to_be_set(
+    words: list[str], way_out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert said(capsys, monkeypatch, *words).rstrip().endswith(way_out)
+
+
+@pytest.mark.parametrize("words", [["train", "mine.yaml", "--colour", "red"], ["verify", "x.h5", "--rounds", "5"]])
+def test_other_options_are_told_as_they_are(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = said(capsys, monkeypatch, *words)
+    assert words[2] in text and "--set" not in text
