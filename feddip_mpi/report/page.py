@@ -177,10 +177,16 @@ def _write_tables(made: Sequence[Group], found: Found, letters: Mapping[Hardware
     families = summaries.families(made).items()
     hdf5.write_text(place / "summary.md", "\n".join(tables.to_markdown(name, family) for name, family in families))
     hdf5.write_text(place / "runs.csv", tables.to_csv(tables.run_rows(found.runs, letters)))
-    hdf5.write_text(place / "rounds.csv", tables.to_csv(tables.round_rows(made)))
-    if found.left_out:
-        rows = [{"folder": str(item.path), "reason": item.reason} for item in found.left_out]
-        hdf5.write_text(place / "left-out.csv", tables.to_csv(rows))
+    more = {
+        "rounds": tables.round_rows(made),
+        "layers": tables.layer_rows(made),
+        "clients": tables.client_rows(made),
+        "partition": tables.partition_rows(made),
+        "left-out": [{"folder": str(item.path), "reason": item.reason} for item in found.left_out],
+    }
+    for name, rows in more.items():
+        if rows:
+            hdf5.write_text(place / f"{name}.csv", tables.to_csv(rows))
 
 
 def _values(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import made_runs
 import numpy as np
 import pytest
 
+from feddip_mpi import metrics
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
@@ -383,6 +385,26 @@ def test_csv_holds_every_number(study: Path) -> None:
     ).items()
 
 
+def test_every_number_of_a_round_is_in_a_table(study: Path, tmp_path: Path) -> None:
+    made = groups_of(study)
+    scalars = {name for name, field in metrics.FIELDS.items() if field.kind in ("int", "float")}
+    assert {row["name"] for row in tables.round_rows(made)} == scalars - {"round"}
+    of_layers = [row for row in tables.layer_rows(made) if (row["method"], row["sparsity"]) == ("feddip", 0.95)]
+    assert [(row["layer"], row["round"], row["mean"]) for row in of_layers[2:4]] == [
+        ("conv.weight", 3, 0.0), ("fc.weight", 1, 0.95),
+    ]  # fmt: skip
+    of_clients = [row for row in tables.client_rows(made) if (row["sparsity"], row["seed"]) == (0.95, 2)]
+    assert [(row["round"], row["client"], row["accuracy"]) for row in of_clients[:4]] == [
+        (1, 0, 0.1), (1, 2, 0.5), (1, 3, 0.9), (2, 0, 0.1),
+    ]  # fmt: skip
+    assert tables.partition_rows(made) == []
+    run = dataclasses.replace(made[0].runs[0], histogram=np.array([[3, 0], [1, 2]]), class_names=("a", "b"))
+    rows = tables.partition_rows([Group("task", "fedavg", 0.0, "", (run,)), *made[1:]])
+    assert [tuple(row.values())[1:] for row in rows] == [
+        (1, 0, 0, "a", 3), (1, 0, 1, "b", 0), (1, 1, 0, "a", 1), (1, 1, 1, "b", 2),
+    ]  # fmt: skip
+
+
 def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study: Path, tmp_path: Path) -> None:
     dense = {"method": "fedavg", "upload.values": "fp32", "sparsity.initial": 0, "sparsity.final": 0}
     skewed = {"data.partition": "dirichlet"}
@@ -583,7 +605,7 @@ def test_files_beside_the_page(written: Path) -> None:
     assert len(pictures) == len(list((written / "figures").glob("*.pdf"))) >= 16
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     assert {path.name for path in (written / "tables").iterdir()} == {
-        "summary.csv", "summary.tex", "summary.md", "runs.csv", "rounds.csv", "left-out.csv",
+        "summary.csv", "summary.tex", "summary.md", "runs.csv", "rounds.csv", "layers.csv", "clients.csv", "left-out.csv",
     }  # fmt: skip
     text = (written / "tables" / "summary.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
