@@ -157,20 +157,23 @@ def finish(picture: Picture, level: str, footer: Callable[[Sequence[Group]], str
     return Picture(name, title, f"{title}. {picture.alternative}", whole, picture.groups)
 
 
-def legend_below(figure: Figure, panel: Axes, columns: int = 3) -> None:
+def legend_below(figure: Figure, panel: Axes, columns: int = 3, title: str | None = None) -> None:
     """The panel's labels at the foot of the panels."""
     handles, labels = panel.get_legend_handles_labels()
-    keys_below(figure, list(zip(handles, labels, strict=True)), columns)
+    keys_below(figure, list(zip(handles, labels, strict=True)), columns, title)
 
 
-def keys_below(figure: Figure, keys: Sequence[tuple[Any, str]], columns: int = 3) -> None:
-    """Keys and their names at the foot of the panels."""
+def keys_below(figure: Figure, keys: Sequence[tuple[Any, str]], columns: int = 3, title: str | None = None) -> None:
+    """Keys and their names at the foot of the panels, under a line that says something of all of them."""
     if keys:
         shown = [plots._clip(label, 44) for _, label in keys]
         columns = max(1, min(columns, 100 // (8 + max(map(len, shown)))))
-        rows = -(-len(shown) // columns)
+        rows = -(-len(shown) // columns) + (title is not None)
         figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))  # the panels keep their height
-        figure.subfigs[0].legend([key for key, _ in keys], shown, loc="outside lower left", ncols=columns, fontsize=8)
+        figure.subfigs[0].legend(
+            [key for key, _ in keys], shown, loc="outside lower left", ncols=columns, fontsize=8, title=title,
+            title_fontsize=8, alignment="left",
+        )  # fmt: skip
 
 
 def say_below(figure: Figure, text: str) -> None:

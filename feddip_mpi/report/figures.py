@@ -79,15 +79,13 @@ def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
         return None
     yardstick = summaries.by_round(dense, "test_accuracy") if dense is not None else np.zeros((0, 4))
     figure, panels = drawing.small_panels(len(curves), 1.25)
-    # The first tenth of the rounds, in which everybody climbs, and methods that never do, do not set the scale.
-    settled = [table[table[:, 0] >= 0.1 * table[-1, 0], 1] for _, table in [*curves, (dense, yardstick)] if len(table)]
-    low, high = drawing.whole_scale(np.concatenate(settled))
+    low, high = _scale_of_curves([table for _, table in [*curves, (dense, yardstick)] if len(table)])
     for panel, (group, table) in zip(panels, curves, strict=True):
         _named(panel, group)
         if len(yardstick) and group is not dense:
             panel.plot(yardstick[:, 0], yardstick[:, 1], color=DENSE_GREY, linewidth=0.9)
         drawing.band(panel, table, look.colour(group.label), marker="")
-        ending = f"{accuracy(group).mean:.3f}"
+        ending = f"{summaries.last_evaluations([group]).removesuffix(' evaluations')}: {accuracy(group).mean:.3f}"
         if table[:, 1].max() < low:
             ending += " ↓"  # the whole curve is below the scale
         panel.text(
@@ -103,6 +101,17 @@ def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
     ends = "; ".join(f"{group.title}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}" for group, table in curves)
     of_whom = (*([dense] if dense is not None and dense not in shown else []), *(group for group, _ in curves))
     return Picture("accuracy-by-round", "Accuracy by round", f"{ends}.{grey}", figure, of_whom)
+
+
+def _scale_of_curves(tables: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Ends of the axis that show every seed of `summaries.by_round`'s tables.
+
+    The first tenth of the rounds, in which everybody climbs, and methods that never do, do not set it.
+    """
+    settled = np.concatenate([table[table[:, 0] >= 0.1 * table[-1, 0]] for table in tables])
+    low, high = drawing.whole_scale(settled[:, 1])
+    shown = settled[settled[:, 1] >= low]
+    return min(low, float(shown[:, 2].min())), max(high, float(shown[:, 3].max()))
 
 
 def _named(panel: Axes, group: Group) -> None:
@@ -178,14 +187,17 @@ def mask_churn(groups: Sequence[Group], look: Look) -> Picture | None:
                 told.append(f"{group.title}: {table[:, 1].sum():,.0f} {what}")
         drawing.rounds_below(panel, renewed, 5)
     _symmetric_log(panels[0], 10)
-    figure.subfigs[0].supylabel("weights (linear up to 10)", fontsize=9)
-    drawing.legend_below(figure, panels[0])
+    figure.subfigs[0].supylabel("weights", fontsize=9)
+    drawing.legend_below(figure, panels[0], title="scale: logarithmic, linear up to 10")
     return Picture("mask-churn", "Mask churn at each update", f"In all {'; '.join(told)}.", figure, tuple(renewed))
 
 
 def pruning_error(groups: Sequence[Group], look: Look) -> Picture | None:
     """The two quantities of the convergence analysis, a panel a method: the scale is logarithmic above 0.01."""
-    names = (("update_norm", "norm of the mean update", BLUE), ("pruning_error", "pruning error", VERMILION))
+    names = (
+        ("update_norm", "norm of the mean update", BLUE),
+        ("pruning_error", "pruning error (share of the squared norm)", VERMILION),
+    )
     tables = {(group, name): summaries.by_round(group, name) for group in groups for name, _, _ in names}
     if not any(len(table) and table[:, 1].any() for table in tables.values()):
         return None
@@ -200,9 +212,9 @@ def pruning_error(groups: Sequence[Group], look: Look) -> Picture | None:
                 told.append(f"{group.title}: {what} from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
         drawing.rounds_below(panel, groups, 5)
     _symmetric_log(panels[0], 0.01)
-    figure.subfigs[0].supylabel("linear up to 0.01", fontsize=9)
     keys = {label: key for panel in panels for key, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    drawing.keys_below(figure, [(key, label) for label, key in keys.items()])
+    title = "scale: logarithmic, linear up to 0.01"
+    drawing.keys_below(figure, [(key, label) for label, key in keys.items()], title=title)
     return Picture("pruning-error", "Pruning error and update norm", f"{'; '.join(told)}.", figure, tuple(groups))
 
 
@@ -210,7 +222,7 @@ def _symmetric_log(panel: Axes, linear: float) -> None:
     """From 0 up: linear to `linear`, then logarithmic."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    panel.set_yscale("symlog", linthresh=linear, linscale=0.5)
+    panel.set_yscale("symlog", linthresh=linear, linscale=1.0)
     top = max(10 * linear, 1.5 * panel.get_ylim()[1])  # room for the highest mark
     panel.set_ylim(0, top)
     powers = [linear * 10**n for n in range(12) if linear * 10**n <= top]

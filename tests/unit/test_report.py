@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -196,6 +197,39 @@ def test_a_mean_lies_between_the_lowest_and_the_highest() -> None:
         assert spread.low <= spread.mean <= spread.high == value
 
 
+def drawn(folder: Path, draw: figures.Draw) -> drawing.Picture:
+    pytest.importorskip("matplotlib")
+    made = groups_of(folder)
+    with drawing.style():
+        picture = draw(made, drawing.Look(made))
+    assert picture is not None
+    picture.figure.draw_without_rendering()
+    return picture
+
+
+@pytest.mark.parametrize("draw", [figures.mask_churn, figures.pruning_error])
+def test_what_stands_beside_small_panels_is_no_taller_than_they(draw: figures.Draw, tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "run")
+    picture = drawn(tmp_path, draw)
+    (upper, _) = picture.figure.subfigs
+    panel = upper.axes[0].get_window_extent()
+    if upper._supylabel is not None:
+        assert upper._supylabel.get_window_extent().height < panel.height
+    ticks = [label.get_window_extent() for label in upper.axes[0].get_yticklabels()]
+    assert all(low.y1 <= high.y0 + 2 for low, high in itertools.pairwise(ticks)), "numbers lie on each other"
+    assert upper.legends[0].get_title().get_text().startswith("scale: logarithmic, linear up to")
+
+
+def test_accuracy_by_round_shows_all_of_the_seeds(tmp_path: Path) -> None:
+    """The band is inside the panel, and the number beside the curve says that it is no end of it."""
+    for seed, accuracy in ((1, 0.9), (2, 0.5)):
+        made_runs.make(tmp_path / f"s{seed}", seed, accuracy)
+    panel = drawn(tmp_path, figures.accuracy_by_round).figure.subfigs[0].axes[0]
+    low, high = panel.get_ylim()
+    assert low < 0.3 and high > 0.9
+    assert [text.get_text() for text in panel.texts] == ["last 2: 0.650"]
+
+
 def test_runs_that_stay_at_chance_are_drawn(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         made_runs.make(tmp_path / "runs" / f"dense-{seed}", seed, 0.1, keys={"method": "fedavg"}, sparsity=0.0)
@@ -245,14 +279,10 @@ def test_totals_phases_clients(study: Path) -> None:
 
 def test_bytes_by_kind_are_the_uploads_of_the_table(tmp_path: Path) -> None:
     """Control messages, which each rank sends whatever the method, are no part of them."""
-    pytest.importorskip("matplotlib")
     change(made_runs.make(tmp_path / "run"), control_bytes=5000)
-    made = groups_of(tmp_path)
-    with drawing.style():
-        picture = figures.bytes_by_kind(made, drawing.Look(made))
-    assert picture is not None
-    left, right = picture.figure.subfigs[0].axes
-    assert list(left.lines[0].get_xdata()) == [summaries.lines(made)[0].upload_bytes.mean] == [300]
+    picture = drawn(tmp_path, figures.bytes_by_kind)
+    (left, _), (line,) = picture.figure.subfigs[0].axes, summaries.lines(picture.groups)
+    assert list(left.lines[0].get_xdata()) == [line.upload_bytes.mean] == [300]
     assert left.get_xlabel() == "uploaded in all rounds"
     assert [text.get_text() for text in picture.figure.subfigs[0].legends[0].get_texts()] == [
         "upload values",
