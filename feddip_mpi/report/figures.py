@@ -98,7 +98,7 @@ def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
     figure.subfigs[0].supylabel("accuracy", fontsize=9)
     grey = f" Grey: {dense.name}." if dense is not None and len(curves) > 1 else ""
     drawing.say_below(figure, f"Numbers: mean of the last evaluations.{grey}")
-    ends = "; ".join(f"{group.title}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}" for group, table in curves)
+    ends = "; ".join(f"{group.shown}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}" for group, table in curves)
     of_whom = (*([dense] if dense is not None and dense not in shown else []), *(group for group, _ in curves))
     return Picture("accuracy-by-round", "Accuracy by round", f"{ends}.{grey}", figure, of_whom)
 
@@ -134,7 +134,7 @@ def penalty(groups: Sequence[Group], look: Look) -> Picture | None:
         table = summaries.by_round(members[0], "penalty")
         name = ", ".join(group.name for group in members)
         drawing.band(panel, table, look.colour(members[0].label), name, drawstyle="steps-post")
-        told.append(f"{', '.join(g.title for g in members)}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
+        told.append(f"{', '.join(g.shown for g in members)}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
     drawing.rounds_below(panel, groups)
     panel.set(xlabel="round", ylabel="penalty λ")
     drawing.legend_below(figure, panel)
@@ -162,7 +162,7 @@ def sparsity_by_layer(groups: Sequence[Group], look: Look) -> Picture | None:
     if len(names) <= _LEGEND_LAYERS:
         drawing.legend_below(figure, panels[0], 4)
     ends = "; ".join(
-        f"{group.label}: " + ", ".join(f"{name} {table[-1, 1]:.3f}" for name, table in summaries.layers(group).items())
+        f"{group.shown}: " + ", ".join(f"{name} {table[-1, 1]:.3f}" for name, table in summaries.layers(group).items())
         for group in pruning
     )
     order = "" if len(names) <= _LEGEND_LAYERS else f" {len(names)} tensors, dark is the first, bright the last."
@@ -180,16 +180,24 @@ def mask_churn(groups: Sequence[Group], look: Look) -> Picture | None:
     told = []
     for panel, group in zip(panels, renewed, strict=True):
         _named(panel, group)
+        sums = []
         for name, what, colour in (("mask_pruned", "pruned", VERMILION), ("mask_grown", "grown", GREEN)):
             table = summaries.by_round(group, lambda row, name=name: row.get(name) if row.get("mask_updated") else None)  # type: ignore[misc]
             if len(table):
                 drawing.band(panel, table, colour, what)
-                told.append(f"{group.title}: {table[:, 1].sum():,.0f} {what}")
+                sums.append(f"{table[:, 1].sum():,.0f} {what}")
+        told.append(f"{group.shown} {', '.join(sums)}")
         drawing.rounds_below(panel, renewed, 5)
     _symmetric_log(panels[0], 10)
     figure.subfigs[0].supylabel("weights", fontsize=9)
     drawing.legend_below(figure, panels[0], title="scale: logarithmic, linear up to 10")
-    return Picture("mask-churn", "Mask churn at each update", f"In all {'; '.join(told)}.", figure, tuple(renewed))
+    return Picture(
+        "mask-churn",
+        "Mask churn at each update",
+        f"Weights at all updates together: {'; '.join(told)}.",
+        figure,
+        tuple(renewed),
+    )
 
 
 def pruning_error(groups: Sequence[Group], look: Look) -> Picture | None:
@@ -209,7 +217,7 @@ def pruning_error(groups: Sequence[Group], look: Look) -> Picture | None:
             table = tables[group, name]
             if len(table) and (table[:, 1].any() or group.prunes):
                 drawing.band(panel, table, colour, what, marker="", linewidth=1.1)
-                told.append(f"{group.title}: {what} from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
+                told.append(f"{group.shown}: {what} from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
         drawing.rounds_below(panel, groups, 5)
     _symmetric_log(panels[0], 0.01)
     keys = {label: key for panel in panels for key, label in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -263,12 +271,12 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     right.set_xlabel("of these, %", fontsize=9)
     drawing.legend_below(figure, right, 4)
     told = "; ".join(
-        f"{group.title}: "
+        f"{group.shown}: "
         + ", ".join(f"{label} {terminal.size(kinds[n])}" for n, label in zip(names, labels, strict=True))
         for group, kinds in zip(groups, found, strict=True)
     )
     control = summaries.totals(groups[0], ["control_bytes"])["control_bytes"]
-    told += f". Besides, not drawn, the ranks' control messages, {terminal.size(control)} with {groups[0].title}"
+    told += f". Besides, not drawn, the ranks' control messages, {terminal.size(control)} with {groups[0].shown}"
     return Picture("bytes-by-kind", "Bytes by kind and phase", f"{told}.", figure, tuple(groups))
 
 
@@ -285,7 +293,7 @@ def time_by_phase(groups: Sequence[Group], look: Look) -> Picture | None:
     panel.set_xlabel("seconds a round, slowest rank of each phase", fontsize=9)
     drawing.legend_below(figure, panel, 5)
     told = "; ".join(
-        f"{group.title}: " + ", ".join(f"{phase} {seconds[phase]:.3f} s" for phase in phases)
+        f"{group.shown}: " + ", ".join(f"{phase} {seconds[phase]:.3f} s" for phase in phases)
         for group, seconds in zip(alike, found, strict=True)
     )
     return Picture("time-by-phase", "Time by phase", f"{told}.", figure, tuple(alike))
@@ -313,7 +321,7 @@ def memory(groups: Sequence[Group], look: Look) -> Picture | None:
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("peak memory, all ranks together", fontsize=9)
     drawing.legend_below(figure, panel)
-    told = "; ".join(f"{g.title}: {', '.join(terminal.size(summaries.peak(g, n).mean) for n in names)}" for g in groups)
+    told = "; ".join(f"{g.shown}: {', '.join(terminal.size(summaries.peak(g, n).mean) for n in names)}" for g in groups)
     return Picture("memory", "Peak memory", f"{told}.", figure, tuple(groups))
 
 
@@ -341,7 +349,7 @@ def client_accuracy(groups: Sequence[Group], look: Look) -> Picture | None:
             panel.text(low, place, f"◂ median {np.median(values):.3f}", fontsize=7, va="center")
     panel.set_xlabel("accuracy on each client's own test images", fontsize=9)
     told = "; ".join(
-        f"{group.title}: lowest {values[0]:.3f}, median {np.median(values):.3f}, highest {values[-1]:.3f}"
+        f"{group.shown}: lowest {values[0]:.3f}, median {np.median(values):.3f}, highest {values[-1]:.3f}"
         for group, values in found
     )
     text = f"Boxes hold the middle half of the clients of all seeds, whiskers all. {told}."

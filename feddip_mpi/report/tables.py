@@ -171,7 +171,7 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
     kinds = sorted({kind for line in made for kind in line.group.hardware})
     versions = sorted({run.versions for line in made for run in line.group.runs})
     caption = (
-        f"{group.setting}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round, "
+        f"{group.heading}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round, "
         f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])} ({summaries.AS_SPARSE}), which "
         "the figures show; "
         "points to dense after the last round. "

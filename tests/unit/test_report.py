@@ -18,7 +18,7 @@ import pytest
 
 from feddip_mpi import metrics
 from feddip_mpi.errors import InputError
-from feddip_mpi.report import drawing, figures, page, runs, summaries, tables
+from feddip_mpi.report import accuracy_figures, drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.sweep import labels
@@ -230,6 +230,39 @@ def test_accuracy_by_round_shows_all_of_the_seeds(tmp_path: Path) -> None:
     assert [text.get_text() for text in panel.texts] == ["last 2: 0.650"]
 
 
+def said_below(picture: drawing.Picture, made: list[Group]) -> str:
+    """What stands under the panels, and the line about the runs."""
+    whole = drawing.finish(picture, "", drawing.footer_of({made[0].hardware[0]: "A"})).figure
+    label = whole.subfigs[0]._supxlabel
+    return "\n".join([label.get_text() if label else "", *(text.get_text() for text in whole.subfigs[1].texts)])
+
+
+def test_captions_name_only_what_there_is(study: Path, tmp_path: Path) -> None:
+    """No range and no dense line where there is one seed and no dense run; the same names in pictures and words."""
+    skewed = {"data.partition": "dirichlet", "local_epochs": 1, "participants": 1, "clients": 1}
+    made_runs.make(tmp_path / "one", accuracy=0.1, keys=skewed)
+    (alone,) = groups_of(tmp_path)
+    assert alone.heading == "lenet5 on synthetic, Dirichlet(0.5), 3 rounds, 1 of 1 client a round, 1 local epoch"
+    picture = drawn(tmp_path, accuracy_figures.accuracy_by_method)
+    assert picture.alternative == "FedDIP 0.9: 0.050."
+    below = said_below(picture, [alone])
+    assert below.startswith("accuracy, mean of the last evaluations\n1 run in ") and "seed 1\n" in below
+    assert not any(word in below for word in ("dense", "dashed", "mean of the seeds"))
+    both = drawn(study, accuracy_figures.accuracy_by_method)
+    below = said_below(both, groups_of(study))
+    assert "; dashed: FedAvg (dense)\n" in below and drawing.SPREAD in below
+    assert both.alternative.startswith("FedAvg dense: 0.720 (0.700 to 0.740); FedDIP 0.9: ")
+    churn = drawn(study, figures.mask_churn)
+    assert churn.alternative.startswith(
+        "Weights at all updates together: FedDIP 0.9 30 pruned, 10 grown; FedDIP 0.95 30"
+    )
+    made = groups_of(study)
+    with drawing.style():
+        overview = accuracy_figures.overview({"iid": made}, drawing.Look(made))
+    assert overview is not None and overview.alternative.startswith("IID: FedAvg dense: ")
+    assert overview.figure.subfigs[0].axes[0].get_ylabel() == "accuracy,\nmean of the last evaluations"
+
+
 def test_runs_that_stay_at_chance_are_drawn(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         made_runs.make(tmp_path / "runs" / f"dense-{seed}", seed, 0.1, keys={"method": "fedavg"}, sparsity=0.0)
@@ -288,7 +321,7 @@ def test_bytes_by_kind_are_the_uploads_of_the_table(tmp_path: Path) -> None:
         "upload values",
         "upload frame",
     ]
-    assert "control messages, 15.0 kB with feddip 0.9" in picture.alternative
+    assert "control messages, 15.0 kB with FedDIP 0.9" in picture.alternative
 
 
 def test_seeds_on_unlike_hardware_have_no_mean_of_seconds(tmp_path: Path) -> None:
