@@ -134,10 +134,10 @@ def _section(
     lines = summaries.lines(members)
     return {
         "id": f"setting-{number}",
-        "title": setting,
+        "title": members[0].heading,
         "rows": [tables.display_cells(line, letters) for line in lines],
         "last": summaries.last_evaluations(members),
-        "against": lines[0].against.title if lines[0].against else None,
+        "against": lines[0].against.shown if lines[0].against else None,
         "unequal": summaries.unequal_text(members),
         "mixed": len({kind for group in members for kind in group.hardware}) > 1,
         "figures": drawn,
@@ -153,7 +153,7 @@ def _save(picture: Picture, name: str, letters: Mapping[Hardware, str], folder: 
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of the PNG's header
     members = [run for group in picture.groups for run in group.runs]
     caption = {
-        "groups": [(group.title, [(run.config.seed, run.name) for run in group.runs]) for group in picture.groups],
+        "groups": [(group.shown, [(run.config.seed, run.name) for run in group.runs]) for group in picture.groups],
         "versions": sorted({run.versions for run in members}),
         "hardware": [f"{letters[kind]}: {kind}" for kind in sorted({run.hardware for run in members})],
         "seeds": ", ".join(map(str, sorted({run.config.seed for run in members}))),
@@ -177,10 +177,16 @@ def _write_tables(made: Sequence[Group], found: Found, letters: Mapping[Hardware
     families = summaries.families(made).items()
     hdf5.write_text(place / "summary.md", "\n".join(tables.to_markdown(name, family) for name, family in families))
     hdf5.write_text(place / "runs.csv", tables.to_csv(tables.run_rows(found.runs, letters)))
-    hdf5.write_text(place / "rounds.csv", tables.to_csv(tables.round_rows(made)))
-    if found.left_out:
-        rows = [{"folder": str(item.path), "reason": item.reason} for item in found.left_out]
-        hdf5.write_text(place / "left-out.csv", tables.to_csv(rows))
+    more = {
+        "rounds": tables.round_rows(made),
+        "layers": tables.layer_rows(made),
+        "clients": tables.client_rows(made),
+        "partition": tables.partition_rows(made),
+        "left-out": [{"folder": str(item.path), "reason": item.reason} for item in found.left_out],
+    }
+    for name, rows in more.items():
+        if rows:
+            hdf5.write_text(place / f"{name}.csv", tables.to_csv(rows))
 
 
 def _values(
@@ -194,7 +200,7 @@ def _values(
         "mark": _MARK,
         "version": __version__,
         "written": time.strftime("%Y-%m-%d %H:%M %z"),
-        "spread_text": drawing.SPREAD,
+        "spread_text": drawing.SPREAD if any(len(group.runs) > 1 for group in made) else "",
         "as_sparse": summaries.AS_SPARSE,
         "warnings": summaries.warnings(made, letters),
         "overviews": overviews,
@@ -205,8 +211,8 @@ def _values(
         "runs": [
             {
                 "name": run.name,
-                "label": run.label,
-                "setting": summaries.partition_of(run.config),
+                "label": summaries.name_of(run.label),
+                "setting": summaries.capital(summaries.partition_of(run.config)),
                 "seed": run.config.seed,
                 "sparsity": f"{run.records[-1]['sparsity']:.4f}",
                 "accuracy": f"{run.summary['test_accuracy']:.4f}",
@@ -226,6 +232,7 @@ def _say(found: Found, made: Sequence[Group], letters: Mapping[Hardware, str], f
     for item in found.left_out:
         terminal.note(f"left out: {item.path}: {item.reason}")
     terminal.say(
-        f"{len(found.runs)} runs in {len(made)} groups, {len(found.left_out)} folders left out\n"
+        f"{terminal.counted(len(found.runs), 'run')} in {terminal.counted(len(made), 'group')}, "
+        f"{terminal.counted(len(found.left_out), 'folder')} left out\n"
         f"written: {folder / PAGE}, {folder}/figures, {folder}/tables"
     )

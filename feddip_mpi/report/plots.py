@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feddip_mpi.errors import InputError
+from feddip_mpi.report import terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,7 +171,7 @@ def draw_exchange(result: Mapping[str, Any]) -> Figure:
 
     cases = result["cases"]
     figure = Figure(figsize=(13, 3.2 + max(2.0, 0.45 * len(cases))), dpi=150, layout="constrained")
-    clients, ranks, nodes = (_counted(result[f"{name}s"], name) for name in ("client", "rank", "node"))
+    clients, ranks, nodes = (terminal.counted(result[f"{name}s"], name) for name in ("client", "rank", "node"))
     figure.suptitle(f"Exchange of {result['size']:,} weights, {clients} on {ranks} ({nodes})", fontsize=13)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1))
     _draw_cases(left, cases)
@@ -247,10 +248,6 @@ def _plain_log(axis: Any) -> None:
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}{'s' * (number != 1)}"
 
 
 def _short(value: float | str | None, before: str = "") -> str:

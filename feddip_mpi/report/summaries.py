@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from feddip_mpi import config, identity, metrics
+from feddip_mpi.report import terminal
 from feddip_mpi.report.runs import Hardware, Row, Run
 from feddip_mpi.settings import METHODS, Config
 
@@ -104,6 +105,12 @@ class Group:
         return f"{self.name} {self.sparsity:.4g}" if self.prunes else f"{self.name} dense"
 
     @property
+    def heading(self) -> str:
+        """The setting with its partition as a heading has it."""
+        partition = partition_of(self.config)
+        return self.setting.replace(f", {partition}, ", f", {capital(partition)}, ", 1)
+
+    @property
     def prunes(self) -> bool:
         return self.sparsity > 0
 
@@ -178,9 +185,10 @@ def setting_of(settings: Config) -> str:
     data = settings.data.name
     if settings.data.path and config.holds_own_data(settings):
         data += f" {Path(settings.data.path).name}"
+    rounds, clients, epochs = settings.rounds, settings.clients, settings.local_epochs
     return (
-        f"{settings.model.name} on {data}, {partition_of(settings)}, {settings.rounds} rounds, "
-        f"{settings.participants} of {settings.clients} clients a round, {settings.local_epochs} local epochs"
+        f"{settings.model.name} on {data}, {partition_of(settings)}, {terminal.counted(rounds, 'round')}, "
+        f"{settings.participants} of {terminal.counted(clients, 'client')} a round, {terminal.counted(epochs, 'local epoch')}"
     )
 
 
@@ -408,7 +416,8 @@ def _letters(number: int) -> str:
 def warnings(made: Sequence[Group], letters: Mapping[Hardware, str]) -> list[str]:
     """What a reader must not overlook."""
     said = []
-    for setting, members in settings(made).items():
+    for members in settings(made).values():
+        setting = members[0].heading
         kinds = sorted({letters[kind] for group in members for kind in group.hardware})
         if len(kinds) > 1:
             said.append(
@@ -419,10 +428,10 @@ def warnings(made: Sequence[Group], letters: Mapping[Hardware, str]) -> list[str
             if len(group.hardware) > 1:
                 named = ", ".join(letters[kind] for kind in group.hardware)
                 said.append(
-                    f"{setting}, {group.title}: its seeds ran on different hardware ({named}); no mean of seconds"
+                    f"{setting}, {group.shown}: its seeds ran on different hardware ({named}); no mean of seconds"
                 )
             if any(" and " in field for k in group.hardware for field in (k.processor, k.cores, k.ranks)):
-                said.append(f"{setting}, {group.title}: a run was resumed on other hardware; its seconds mix both")
+                said.append(f"{setting}, {group.shown}: a run was resumed on other hardware; its seconds mix both")
         seeds = {group.seeds for group in members}
         if len(seeds) > 1:
             said.append(

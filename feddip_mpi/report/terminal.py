@@ -37,6 +37,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def counted(number: int, what: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def clock(seconds: float) -> str:
     """h:mm:ss."""
     whole = round(seconds)

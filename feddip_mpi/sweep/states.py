@@ -58,8 +58,8 @@ def look(cell: Cell, out: Path) -> State:
     if (holder := run_folder.holder(folder)) is not None:
         return State(BUSY, rounds, f"another job is at work there ({holder})")
     if not folder.finished.exists():
-        failed = run_folder.failure(folder)
-        return State(UNFINISHED, rounds) if failed is None else State(FAILED, rounds, failed)
+        why = run_folder.failure(folder)
+        return State(UNFINISHED, rounds) if why is None else State(FAILED, rounds, why)
     try:
         done = json.loads(folder.finished.read_text(encoding="utf-8"))["rounds"]
     except (OSError, ValueError, KeyError, TypeError):

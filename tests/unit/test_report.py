@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -14,6 +16,7 @@ import made_runs
 import numpy as np
 import pytest
 
+from feddip_mpi import metrics
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import accuracy_figures, drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
@@ -194,6 +197,72 @@ def test_a_mean_lies_between_the_lowest_and_the_highest() -> None:
         assert spread.low <= spread.mean <= spread.high == value
 
 
+def drawn(folder: Path, draw: figures.Draw) -> drawing.Picture:
+    pytest.importorskip("matplotlib")
+    made = groups_of(folder)
+    with drawing.style():
+        picture = draw(made, drawing.Look(made))
+    assert picture is not None
+    picture.figure.draw_without_rendering()
+    return picture
+
+
+@pytest.mark.parametrize("draw", [figures.mask_churn, figures.pruning_error])
+def test_what_stands_beside_small_panels_is_no_taller_than_they(draw: figures.Draw, tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "run")
+    picture = drawn(tmp_path, draw)
+    (upper, _) = picture.figure.subfigs
+    panel = upper.axes[0].get_window_extent()
+    if upper._supylabel is not None:
+        assert upper._supylabel.get_window_extent().height < panel.height
+    ticks = [label.get_window_extent() for label in upper.axes[0].get_yticklabels()]
+    assert all(low.y1 <= high.y0 + 2 for low, high in itertools.pairwise(ticks)), "numbers lie on each other"
+    assert upper.legends[0].get_title().get_text().startswith("scale: logarithmic, linear up to")
+
+
+def test_accuracy_by_round_shows_all_of_the_seeds(tmp_path: Path) -> None:
+    """The band is inside the panel, and the number beside the curve says that it is no end of it."""
+    for seed, accuracy in ((1, 0.9), (2, 0.5)):
+        made_runs.make(tmp_path / f"s{seed}", seed, accuracy)
+    panel = drawn(tmp_path, figures.accuracy_by_round).figure.subfigs[0].axes[0]
+    low, high = panel.get_ylim()
+    assert low < 0.3 and high > 0.9
+    assert [text.get_text() for text in panel.texts] == ["last 2: 0.650"]
+
+
+def said_below(picture: drawing.Picture, made: list[Group]) -> str:
+    """What stands under the panels, and the line about the runs."""
+    whole = drawing.finish(picture, "", drawing.footer_of({made[0].hardware[0]: "A"})).figure
+    label = whole.subfigs[0]._supxlabel
+    return "\n".join([label.get_text() if label else "", *(text.get_text() for text in whole.subfigs[1].texts)])
+
+
+def test_captions_name_only_what_there_is(study: Path, tmp_path: Path) -> None:
+    """No range and no dense line where there is one seed and no dense run; the same names in pictures and words."""
+    skewed = {"data.partition": "dirichlet", "local_epochs": 1, "participants": 1, "clients": 1}
+    made_runs.make(tmp_path / "one", accuracy=0.1, keys=skewed)
+    (alone,) = groups_of(tmp_path)
+    assert alone.heading == "lenet5 on synthetic, Dirichlet(0.5), 3 rounds, 1 of 1 client a round, 1 local epoch"
+    picture = drawn(tmp_path, accuracy_figures.accuracy_by_method)
+    assert picture.alternative == "FedDIP 0.9: 0.050."
+    below = said_below(picture, [alone])
+    assert below.startswith("accuracy, mean of the last evaluations\n1 run in ") and "seed 1\n" in below
+    assert not any(word in below for word in ("dense", "dashed", "mean of the seeds"))
+    both = drawn(study, accuracy_figures.accuracy_by_method)
+    below = said_below(both, groups_of(study))
+    assert "; dashed: FedAvg (dense)\n" in below and drawing.SPREAD in below
+    assert both.alternative.startswith("FedAvg dense: 0.720 (0.700 to 0.740); FedDIP 0.9: ")
+    churn = drawn(study, figures.mask_churn)
+    assert churn.alternative.startswith(
+        "Weights at all updates together: FedDIP 0.9 30 pruned, 10 grown; FedDIP 0.95 30"
+    )
+    made = groups_of(study)
+    with drawing.style():
+        overview = accuracy_figures.overview({"iid": made}, drawing.Look(made))
+    assert overview is not None and overview.alternative.startswith("IID: FedAvg dense: ")
+    assert overview.figure.subfigs[0].axes[0].get_ylabel() == "accuracy,\nmean of the last evaluations"
+
+
 def test_runs_that_stay_at_chance_are_drawn(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         made_runs.make(tmp_path / "runs" / f"dense-{seed}", seed, 0.1, keys={"method": "fedavg"}, sparsity=0.0)
@@ -243,20 +312,16 @@ def test_totals_phases_clients(study: Path) -> None:
 
 def test_bytes_by_kind_are_the_uploads_of_the_table(tmp_path: Path) -> None:
     """Control messages, which each rank sends whatever the method, are no part of them."""
-    pytest.importorskip("matplotlib")
     change(made_runs.make(tmp_path / "run"), control_bytes=5000)
-    made = groups_of(tmp_path)
-    with drawing.style():
-        picture = figures.bytes_by_kind(made, drawing.Look(made))
-    assert picture is not None
-    left, _ = picture.figure.subfigs[0].axes
-    assert list(left.lines[0].get_xdata()) == [summaries.lines(made)[0].upload_bytes.mean] == [300]
+    picture = drawn(tmp_path, figures.bytes_by_kind)
+    (left, _), (line,) = picture.figure.subfigs[0].axes, summaries.lines(picture.groups)
+    assert list(left.lines[0].get_xdata()) == [line.upload_bytes.mean] == [300]
     assert left.get_xlabel() == "uploaded in all rounds"
     assert [text.get_text() for text in picture.figure.subfigs[0].legends[0].get_texts()] == [
         "upload values",
         "upload frame",
     ]
-    assert "control messages, 15.0 kB with feddip 0.9" in picture.alternative
+    assert "control messages, 15.0 kB with FedDIP 0.9" in picture.alternative
 
 
 def test_seeds_on_unlike_hardware_have_no_mean_of_seconds(tmp_path: Path) -> None:
@@ -381,6 +446,26 @@ def test_csv_holds_every_number(study: Path) -> None:
     assert {"round": 3, "name": "mask_grown", "mean": 0.0}.items() <= next(
         row for row in by_round if row["name"] == "mask_grown" and row["round"] == 3
     ).items()
+
+
+def test_every_number_of_a_round_is_in_a_table(study: Path, tmp_path: Path) -> None:
+    made = groups_of(study)
+    scalars = {name for name, field in metrics.FIELDS.items() if field.kind in ("int", "float")}
+    assert {row["name"] for row in tables.round_rows(made)} == scalars - {"round"}
+    of_layers = [row for row in tables.layer_rows(made) if (row["method"], row["sparsity"]) == ("feddip", 0.95)]
+    assert [(row["layer"], row["round"], row["mean"]) for row in of_layers[2:4]] == [
+        ("conv.weight", 3, 0.0), ("fc.weight", 1, 0.95),
+    ]  # fmt: skip
+    of_clients = [row for row in tables.client_rows(made) if (row["sparsity"], row["seed"]) == (0.95, 2)]
+    assert [(row["round"], row["client"], row["accuracy"]) for row in of_clients[:4]] == [
+        (1, 0, 0.1), (1, 2, 0.5), (1, 3, 0.9), (2, 0, 0.1),
+    ]  # fmt: skip
+    assert tables.partition_rows(made) == []
+    run = dataclasses.replace(made[0].runs[0], histogram=np.array([[3, 0], [1, 2]]), class_names=("a", "b"))
+    rows = tables.partition_rows([Group("task", "fedavg", 0.0, "", (run,)), *made[1:]])
+    assert [tuple(row.values())[1:] for row in rows] == [
+        (1, 0, 0, "a", 3), (1, 0, 1, "b", 0), (1, 1, 0, "a", 1), (1, 1, 1, "b", 2),
+    ]  # fmt: skip
 
 
 def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study: Path, tmp_path: Path) -> None:
@@ -609,7 +694,7 @@ def test_files_beside_the_page(written: Path) -> None:
     assert len(pictures) == len(list((written / "figures").glob("*.pdf"))) >= 16
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     assert {path.name for path in (written / "tables").iterdir()} == {
-        "summary.csv", "summary.tex", "summary.md", "runs.csv", "rounds.csv", "left-out.csv",
+        "summary.csv", "summary.tex", "summary.md", "runs.csv", "rounds.csv", "layers.csv", "clients.csv", "left-out.csv",
     }  # fmt: skip
     text = (written / "tables" / "summary.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
