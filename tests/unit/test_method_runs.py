@@ -62,12 +62,12 @@ def test_prunefl_keeps_more_weights_where_more_time_is_spent_anyway() -> None:
 def test_prunetrain_cuts_by_its_threshold_or_to_a_sparsity() -> None:
     cuts = {}
     for rule in ("threshold", "sparsity"):
-        built = fp32("prunetrain", prunetrain={"cut": rule, "threshold": 0.087})
+        built = fp32("prunetrain", prunetrain={"cut": rule, "threshold": 0.2})
         method, srv, shapes = built.method, rounds.initial_state(built).server, built.layout.prunable_shapes
         seen = Seen(plan_round(built.config, 1), srv.support, srv.weights, (), {}, srv.weights)
         cuts[rule] = method.cut(seen)
         kept = channels.kept_channels(srv.mask, shapes, method.links)
-        left = prunetrain.above(srv.weights, kept, shapes, method.links, 0.087)
+        left = prunetrain.above(srv.weights, kept, shapes, method.links, 0.2)
     assert 2 < sum(int(each.sum()) for each in left) < 28
     assert torch.equal(cuts["threshold"], channels.mask_of(left, shapes, method.links))
     assert not torch.equal(*cuts.values())
