@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from feddip_mpi.report.runs import Found, Hardware
 from feddip_mpi.report.summaries import Group
 
 PAGE = "report.html"
+_MOST_NAMED = 10  # runs, on the terminal
 _MARK = "feddip-mpi report"  # in every page of ours: such a folder may be written again
 
 
@@ -46,6 +48,7 @@ def report(paths: Sequence[str], out: str) -> None:
     found = runs.find([Path(path) for path in paths])
     made = summaries.groups(found.runs)
     letters = summaries.hardware_letters(found.runs)
+    gone = _earlier(folder) - {str(run.path) for run in found.runs}
     try:
         _clear(folder)
         overviews = _overviews(made, letters, folder)
@@ -59,6 +62,9 @@ def report(paths: Sequence[str], out: str) -> None:
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error}); name a folder you may write to") from None
     _say(found, made, letters, folder)
+    if gone:
+        shown = ", ".join(sorted(gone)[:_MOST_NAMED]) + (", ..." if len(gone) > _MOST_NAMED else "")
+        terminal.note(f"replaced: the report that was in {folder}; of its runs these are not in the new one: {shown}")
 
 
 def _templates() -> Any:
@@ -85,6 +91,15 @@ def _require_free(folder: Path) -> None:
         raise InputError(
             f"--out {folder}: holds files that are no report; name a new folder, or that of an earlier report"
         )
+
+
+def _earlier(folder: Path) -> set[str]:
+    """The runs of the report that is in a folder; none where there is none, or its table cannot be read."""
+    try:
+        with open(folder / "tables" / "runs.csv", encoding="utf-8", newline="") as file:
+            return {row["run"] for row in csv.DictReader(file) if row.get("run")}
+    except (OSError, ValueError, csv.Error):
+        return set()
 
 
 def _clear(folder: Path) -> None:

@@ -195,6 +195,8 @@ def show_summary(summary: dict[str, Any], folder: Path, plot: Path | None) -> No
     from rich.table import Table
 
     numbers = Table(title="Result", show_header=False)
+    numbers.add_column(no_wrap=True)  # a name in two lines would read as two rows, the second without a value
+    numbers.add_column(overflow="fold")
     for name, value in _rows(summary, folder, plot):
         numbers.add_row(name, value)
     layers = Table("layer", "sparsity", title="Sparsity by layer")
@@ -223,8 +225,7 @@ def _remembered(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Where the server remembers weights that the pruned model lacks (`server_memory: on`)."""
     if not summary["server_remembers"]:
         return []
-    name = "  with the pruned weights that the server remembers put back, as they are"
-    return [(name, f"{summary['dense_memory_accuracy']:.4f}")]
+    return [("  of the server's memory W, without the mask", f"{summary['dense_memory_accuracy']:.4f}")]
 
 
 def _besides(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -716,7 +717,7 @@ def test_prunetrain_counts_the_smaller_network() -> None:
 @pytest.mark.parametrize(
     ("count", "remembers", "expected"),
     [
-        (5, True, ["mean (spread) of the last 5", "server remembers"]),
+        (5, True, ["mean (spread) of the last 5", "server's memory W, without the mask"]),
         (3, False, ["of the last 3 evaluations"]),
         (1, False, []),
     ],
@@ -730,6 +731,26 @@ def test_the_summary_says_only_what_there_was(count: int, remembers: bool, expec
     assert len(rows) == len(expected) and all(part in name for part, (name, _) in zip(expected, rows, strict=True)), (
         rows
     )
+
+
+def test_every_name_of_the_summary_stands_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 80 columns, too: the second line of a name would read as a row without a value."""
+    monkeypatch.setenv("COLUMNS", "80")
+    summary = {
+        "test_accuracy": 0.5, "evaluations_in_mean": 5, "test_accuracy_mean_of_last_5": 0.5, "ranks": 4, "rounds": 5,
+        "test_accuracy_spread_of_last_5": 0.25, "server_remembers": True, "dense_memory_accuracy": 0.75, "sparsity": 0.9,
+        "sparsity_by_layer": {"fc": 0.9}, "upload_bytes": 222_600, "dense_bytes": 3_900_000, "upload_extra_bytes": 9,
+        "upload_bytes_by_kind": dict.fromkeys(("values", "indices", "other", "frame"), 100_000), "received_bytes": 5,
+        "seconds": 30.0,
+    }  # fmt: skip
+    folder = Path("/a/folder/with/a/long/name/for/runs")
+    terminal.show_summary(summary, folder, folder / "run.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, value in terminal._rows(summary, folder, folder / "run.png"):
+        assert any(f"│ {name} " in line and line.split("│")[2].strip() for line in lines), (name, value)
 
 
 def test_prunetrain_refuses_networks_that_are_no_chain() -> None:

@@ -717,13 +717,18 @@ def test_unlike_hardware_is_told_on_the_page(
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(
-    written: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(figures, "of_setting", lambda *_: iter(()))  # drawing takes seconds
     old = written / "figures" / "99-old.png"
     old.write_bytes(b"")
     page.report([str(study / "feddip-0.9-1")], str(written))
     assert not old.exists() and "1 run compared" in (written / page.PAGE).read_text()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"replaced: the report that was in {written}; of its runs these are not in the new one: ")
+    assert str(study / "fedavg-1") in said and "feddip-0.9-1" not in said
+    page.report([str(study / "feddip-0.9-1")], str(written))
+    assert "replaced" not in capsys.readouterr().err
     assert not (written / "tables" / "left-out.csv").exists()
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="holds files that are no report"):
