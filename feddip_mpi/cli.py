@@ -29,8 +29,33 @@ signal after saving (resume goes on); others are failures."""
 
 _PATIENCE_SECONDS = 2.0
 
+
+def _tell_twice(context: click.Context, parameter: click.Parameter, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """Batch scripts put what they are given behind a `--set` of their own: the last one counts, but not silently."""
+    last: dict[str, str] = {}
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        if last.setdefault(key, item) != item:
+            _tell(f"--set {last[key]}: gives way to --set {item}; of several for one key the last counts")
+        last[key] = item
+    return overrides
+
+
+def _tell(text: str) -> None:
+    from feddip_mpi import runtime
+    from feddip_mpi.report import terminal
+
+    if runtime.launched_rank() == 0:
+        terminal.note(text)
+
+
 _SETTINGS = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set sparsity.final=0.95."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_tell_twice,
+    help="Override a key, e.g. --set sparsity.final=0.95; of several for one key the last counts.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of tables.")
 _PLOT = click.option("--plot", metavar="FILE", help="Also draw it: FILE ends in .png, .pdf or .svg.")

@@ -40,3 +40,31 @@ def test_other_options_are_told_as_they_are(
 ) -> None:
     text = said(capsys, monkeypatch, *words)
     assert words[2] in text and "--set" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            ["rounds=5", "rounds=7"],
+            ["--set rounds=5: gives way to --set rounds=7; of several for one key the last counts"],
+        ),
+        (
+            ["rounds=5", "rounds = 7", "seed=2"],
+            ["--set rounds=5: gives way to --set rounds = 7; of several for one key"],
+        ),
+        (["rounds=5", "seed=1", "rounds=5"], []),
+        (["mask.every=5", "eval.every=7"], []),
+    ],
+)
+def test_a_key_that_is_set_twice_is_told(
+    values: list[str], told: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command then fails for want of its file; a later rank of a launch leaves it to the first."""
+    words = ["plan", "nowhere.yaml", *(word for value in values for word in ("--set", value))]
+    *notes, error = said(capsys, monkeypatch, *words).splitlines()
+    assert error.startswith("error: ") and len(notes) == len(told)
+    assert all(note.startswith(line) for note, line in zip(notes, told, strict=True))
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0.0)
+    assert len(said(capsys, monkeypatch, *words).splitlines()) == 1
