@@ -343,6 +343,8 @@ def _play(built: Federation, run: Run, state: State | None, history: list[Record
         log.info("trains on %s", runtime.hardware())
     if built.config.precision == "bf16" and built.device.type == "cpu" and run.owner and runtime.lacks_bf16():
         log.warning("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
+    if built.comm.unshared and built.comm.node_rank == 0:
+        log.warning("%s", built.comm.unshared)
     while True:
         try:
             if state is None:

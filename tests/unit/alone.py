@@ -20,6 +20,7 @@ class Alone:
 
     rank, size, node_rank = 0, 1, 0
     fault_tolerant = damaged = False
+    unshared = ""
 
     def __init__(self, background: bool = False) -> None:
         self.background = background
