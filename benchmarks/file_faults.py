@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from feddip_mpi import checkpoint, cli, hdf5, metrics, runtime
+from feddip_mpi import checkpoint, cli, hdf5, metrics, run_folder, runtime
 from feddip_mpi.errors import FeddipError
 
 NAME = "round-%06d.h5"
@@ -463,10 +463,15 @@ class Tables:
         child = Child(*train(run, values))
         while child.running() and not (run / "run.log").exists():
             time.sleep(0.01)
+
+        def impatient() -> None:
+            run_folder._LOCK_SECONDS = 0.2
+
         for number in range(20):
             argv = ["resume", str(run)] if number % 2 else train(run, SMALL)
             words = ["another job is at work", f"process {child.pid} on"] if number % 2 else ["never overwritten"]
-            row.add("exit 2, names the job; the first goes on", Child(*argv).wait().problem(2, *words))
+            problem = Child(*argv, patch=impatient).wait().problem(7 if number % 2 else 2, *words)
+            row.add("train: exit 2, resume: exit 7, names the job; the first goes on", problem)
         os.kill(child.pid, signal.SIGUSR1)
         row.add("the first stops when asked: 75", child.wait().problem(75, "resume"))
         yield row

@@ -239,7 +239,7 @@ def test_a_run_is_evaluated_and_resumed_from_any_folder(
     ids=lambda changes: " ".join(changes),
 )
 def test_a_run_does_what_the_plan_says(changes: list[str], tiny_config: Path, tmp_path: Path, feddip: Command) -> None:
-    planned = json.loads(invoke("plan", str(tiny_config), *settings(*changes), "--json").output)
+    planned = json.loads(invoke("plan", str(tiny_config), *settings(*changes), "--json").stdout)
     done = feddip(
         "train", str(tiny_config), *settings(*changes, "checkpoint.every=100"), "--out", str(tmp_path / "run")
     )

@@ -35,7 +35,11 @@ def history() -> list[Record]:
     for number in range(1, ROUNDS + 1):
         record: Record = {name: int(draw.integers(100, 10**6)) for name, f in metrics.FIELDS.items() if f.kind == "int"}
         record |= {name: float(draw.random()) for name, f in metrics.FIELDS.items() if f.kind == "float"}
-        record |= {"round": number, "sparsity_by_layer": {"conv.weight": draw.random(), "out.weight": draw.random()}}
+        record |= {
+            "round": number,
+            "sparsity": 0.9,
+            "sparsity_by_layer": {"conv.weight": draw.random(), "out.weight": draw.random()},
+        }
         record["upload_bytes"] = sum(record[f"upload_{kind}_bytes"] for kind in (*KINDS_OF_BYTES, "extra"))
         records.append(record)
     records[-2]["test_accuracy"] = None
