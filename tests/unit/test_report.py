@@ -415,10 +415,10 @@ def test_yardsticks_with_equal_results_are_one_and_others_are_named(tmp_path: Pa
     made_runs.make(tmp_path / "one", 1, 0.8, keys=dense, sparsity=0.0)
     made_runs.make(tmp_path / "at once", 1, 0.8, keys=dense | {"clients_at_once": 2}, sparsity=0.0)
     assert summaries.dense_of(groups_of(tmp_path)) is not None
-    assert not any("FedAvg" in text for text in summaries.warnings(groups_of(tmp_path), letters))
+    assert not any("dense FedAvg" in text for text in summaries.warnings(groups_of(tmp_path), letters))
     made_runs.make(tmp_path / "faster", 1, 0.9, keys=dense | {"learning_rate": 0.3}, sparsity=0.0)
     assert summaries.dense_of(groups_of(tmp_path)) is None
-    (several,) = [text for text in summaries.warnings(groups_of(tmp_path), letters) if "FedAvg" in text]
+    (several,) = [text for text in summaries.warnings(groups_of(tmp_path), letters) if "dense FedAvg" in text]
     assert "several dense FedAvgs" in several and "report the runs of one alone" in several
     assert all(name in several for name in ("one", "at once", "faster"))
 
