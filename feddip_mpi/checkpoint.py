@@ -373,7 +373,7 @@ def check_model(loaded: Loaded, layout: Layout) -> None:
     stored = {name: tuple(loaded.tensors[name].shape) for name in loaded.layout_names}
     ours = dict(zip(layout.names, layout.shapes, strict=True))
     if list(stored.items()) != list(ours.items()):
-        name = next((n for n in {**stored, **ours} if stored.get(n) != ours.get(n)), None)
+        name = next((n for n in {**stored, **ours} if stored.get(n) != ours.get(n)), "")
         there, here = (list(shapes[name]) if name in shapes else "not" for shapes in (stored, ours))
         differing = f"{name}: {there} there, {here} now" if name else "the order of its tensors"
         raise InputError(
