@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import Alone
 
-from feddip_mpi import runtime
+from feddip_mpi import runtime, session
 from feddip_mpi.errors import InputError
+from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
 
 STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -184,6 +186,14 @@ def test_rank_0_appends_to_the_run_log_and_others_do_not(
     ]  # fmt: skip
     shown = capsys.readouterr().err
     assert "quiet" not in shown and shown.count("loud") == 3
+
+
+def test_the_log_opens_with_words(tmp_path: Path, own_log: None) -> None:
+    session._open_log(Alone(), RunFolder(tmp_path), "start: feddip")  # type: ignore[arg-type]
+    first, second = (tmp_path / "run.log").read_text().splitlines()
+    assert first.endswith("INFO start: feddip")
+    assert " INFO with feddip_mpi " in second and f", torch {runtime.versions()['torch']}, " in second
+    assert not set("{}'") & set(first + second)
 
 
 def test_results_name_hardware_and_versions() -> None:
