@@ -115,7 +115,7 @@ def compact(family: Mapping[str, Sequence[Group]]) -> str:
             text.append(f"| {name} | {' | '.join(shown)} | {size} | {fewer} |")
     seeds = {line.group.seeds for line in lines.values() if line.group.label in ROWS}
     if len(seeds) > 1:
-        text.append("\nA number without a range is one seed's.")
+        text.append("\nAn accuracy without a range is one seed's; bytes are the mean of the seeds.")
     return "\n".join(text) + "\n"
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from feddip_mpi import __version__, config, file_kinds, hdf5, masks, metrics, run_folder, runtime
-from feddip_mpi.errors import DamagedFileError, InputError
+from feddip_mpi.errors import DamagedFileError, FeddipError, InputError, UnreadableFileError
 from feddip_mpi.hdf5 import Item, Reader
 from feddip_mpi.residuals import Residual
 from feddip_mpi.server import Server
@@ -31,6 +32,9 @@ _NAME = re.compile(r"round-(\d{6,})\.h5")
 _SPARSE_BELOW = 0.5
 _PART = 1 << 20
 _CLASS_NAMES = "model/class_names"
+_PAUSES = (0.5, 2.0, 5.0)  # seconds, between tries to read a file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -205,9 +209,25 @@ def load(path: Path) -> Loaded:
     Raises:
         InputError: no such file, or written by a newer version.
         DamagedFileError: damaged or unfinished; says where.
+        UnreadableFileError: it could not be read, also not a few seconds later.
     """
-    with hdf5.open_file(path) as reader:
-        return _loaded(reader, check_format(reader))
+
+    def read() -> Loaded:
+        with hdf5.open_file(path) as reader:
+            return _loaded(reader, check_format(reader))
+
+    return _patiently(read)
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again for some seconds where a file system answers with an error (a stale handle)."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except UnreadableFileError as error:
+            runtime.log.warning("%s; tries again in %g s", error, pause)
+            time.sleep(pause)
+    return read()
 
 
 def _loaded(reader: Reader, attributes: dict[str, Any]) -> Loaded:
@@ -317,9 +337,13 @@ def read_partition(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def residual_rounds(path: Path) -> dict[int, int]:
     """The round in which each client left its residual, in client order; clients without one are left out."""
-    with hdf5.open_file(path) as reader:
-        values = [name for name in reader.names("clients/") if name.endswith("/residual/values")]
-        return dict(sorted((int(name.split("/")[1]), int(reader.attribute(name, "round"))) for name in values))
+
+    def read() -> dict[int, int]:
+        with hdf5.open_file(path) as reader:
+            values = [name for name in reader.names("clients/") if name.endswith("/residual/values")]
+            return dict(sorted((int(name.split("/")[1]), int(reader.attribute(name, "round"))) for name in values))
+
+    return _patiently(read)
 
 
 def residual_bytes(path: Path) -> dict[int, int]:
@@ -353,6 +377,7 @@ def newest(folder: Path) -> tuple[Loaded, list[str]]:
     Raises:
         InputError: there is none at all, or the newest is of a newer format.
         DamagedFileError: none verifies; lists the reasons.
+        UnreadableFileError: the newest that may verify could not be read; nothing older is taken for it.
     """
     refused: list[str] = []
     paths = listed(folder)
@@ -365,6 +390,10 @@ def newest(folder: Path) -> tuple[Loaded, list[str]]:
             return load(path), refused
         except DamagedFileError as error:
             refused.append(str(error))
+        except InputError:
+            if path in listed(folder):  # of a newer format
+                raise
+            return newest(folder)  # deleted since it was listed, because newer ones are there
     raise DamagedFileError("no checkpoint of this run can be read:\n  " + "\n  ".join(refused))
 
 
@@ -421,18 +450,38 @@ def prune_old(folder: Path, keep: int, keep_best: bool, final_sparsity: float, r
     Args:
         round: of the checkpoint that was just written. Later ones were refused when the run went on from before them:
             they count for nothing, and stay until they are written again or are old.
+
+    What cannot be read or deleted stays, with a warning.
     """
-    paths = [path for path in listed(folder) if int(path.stem.removeprefix("round-")) <= round]
-    spared = set(paths[-keep:])
-    if keep_best:
-        scored = [(accuracy, path) for path in paths if (accuracy := _final_accuracy(path, final_sparsity)) is not None]
-        if scored:
-            spared.add(max(scored)[1])
+    with _tidying(folder):
+        paths = [path for path in listed(folder) if int(path.stem.removeprefix("round-")) <= round]
+        spared = set(paths[-keep:])
+        if keep_best:
+            spared |= _best(paths, final_sparsity)
+        for path in [*(path for path in paths if path not in spared), *folder.glob(".round-*.h5.tmp-*")]:
+            with _tidying(path):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _tidying(path: Path) -> Iterator[None]:
+    """The new checkpoint is there: old files that cannot be read or removed are no reason to end the run."""
+    try:
+        yield
+    except (OSError, FeddipError) as error:
+        runtime.log.warning("%s: cannot be tidied up (%s); the next save tries again", path, hdf5.reason(error))
+
+
+def _best(paths: Sequence[Path], final_sparsity: float) -> set[Path]:
+    """The most accurate checkpoint that has reached the final sparsity, and those that cannot be read: it may be one of them."""
+    scored, unread = [], set(paths)
     for path in paths:
-        if path not in spared:
-            path.unlink()
-    for leftover in folder.glob(".round-*.h5.tmp-*"):
-        leftover.unlink(missing_ok=True)
+        with _tidying(path):
+            accuracy = _final_accuracy(path, final_sparsity)
+            unread.remove(path)
+            if accuracy is not None:
+                scored.append((accuracy, path))
+    return unread | ({max(scored)[1]} if scored else set())
 
 
 def _final_accuracy(path: Path, final_sparsity: float) -> float | None:

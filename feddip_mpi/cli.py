@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
 import sys
 import time
@@ -13,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from feddip_mpi import __version__
+from feddip_mpi import __version__, output
 from feddip_mpi.errors import FeddipError, InputError, RankLost, Stopped
+from feddip_mpi.stopping import StopFlag
 
 if TYPE_CHECKING:
     from feddip_mpi.collectives import Communicator
@@ -73,9 +76,10 @@ def train(config: str, overrides: tuple[str, ...], out: str | None) -> None:
 
     mpirun -n 4 feddip-mpi train configs/quickstart.yaml
     """
+    stop = StopFlag.installed()  # before an import that takes seconds: the default action of these signals is the end
     from feddip_mpi import session
 
-    _under_mpi(lambda comm: session.train(comm, config, overrides, out))
+    _under_mpi(lambda comm: session.train(comm, config, overrides, out, stop))
 
 
 @cli.command()
@@ -86,9 +90,10 @@ def resume(folder: str, overrides: tuple[str, ...]) -> None:
 
     On any number of ranks; --set rounds=N extends a finished run.
     """
+    stop = StopFlag.installed()  # as in `train`
     from feddip_mpi import session
 
-    _under_mpi(lambda comm: session.resume(comm, folder, overrides))
+    _under_mpi(lambda comm: session.resume(comm, folder, overrides, stop))
 
 
 @cli.command()
@@ -415,7 +420,10 @@ def bench_exchange(
 
 
 def _under_mpi(work: Callable[[Communicator], None]) -> None:
-    """Run on every rank. An error that all ranks share ends each with its exit code; any other one ends the job."""
+    """Run on every rank. An error that all ranks share ends each with its exit code; any other one ends the job.
+
+    Where MPI is fault tolerant, an error that is none of this program's (no memory, say) ends its rank alone.
+    """
     from feddip_mpi import collectives, runtime
 
     runtime.prepare_mpi()
@@ -423,35 +431,39 @@ def _under_mpi(work: Callable[[Communicator], None]) -> None:
     code = 0
     try:
         work(comm)
-    except RankLost as error:  # every survivor has it, each for itself
-        print(f"rank {comm.world_ranks[comm.rank]}: {error}", file=sys.stderr)
-        comm.abort(error.exit_code)
+    except RankLost as lost:  # every survivor has it, each for itself
+        words = f"rank {comm.world_ranks[comm.rank]}: {lost}"
+        comm.abort(lost.exit_code, lambda: output.note(words))
     except FeddipError as error:
-        alone = not error.shared and comm.size > 1
-        if alone or comm.rank == 0:
+        if not error.shared and comm.size > 1:  # the others know nothing of it and wait for this rank
+            comm.abort(
+                error.exit_code, functools.partial(_complain, error, f"rank {comm.rank} failed: ending all ranks")
+            )
+        if comm.rank == 0:
             _complain(error)
-            runtime.log.info("%s: %s", _kind(error), error)  # in run.log, too, where rank 0 has begun one
-        if alone:  # the others know nothing of it and wait for this rank
-            print(f"rank {comm.rank} failed: ending all ranks", file=sys.stderr)
-            comm.abort(error.exit_code)
         # Every rank ends by itself, but none before rank 0 has spoken: an exit code may end the job on the spot.
         with contextlib.suppress(RankLost):
             comm.barrier()
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: the last checkpoint is untouched", file=sys.stderr)
-        comm.abort(130)
+        comm.abort(130, lambda: output.note("interrupted: the last checkpoint is untouched"))
     except BaseException:
-        traceback.print_exc()
-        print(f"rank {comm.rank} failed: ending all ranks", file=sys.stderr)
-        comm.abort(1)
+        ends = "it ends, the others go on without it" if comm.fault_tolerant and comm.size > 1 else "ending all ranks"
+        words = f"rank {comm.world_ranks[comm.rank]} failed: {ends}"
+        comm.fail(1, lambda: output.note(f"{traceback.format_exc()}{words}"))
     comm.leave(code)
     if code:
         sys.exit(code)
 
 
-def _complain(error: FeddipError) -> None:
-    print(f"{_kind(error)}: {error}", file=sys.stderr, flush=True)
+def _complain(error: FeddipError, more: str = "") -> None:
+    """Say what is wrong, and `more`, on stderr; the first also in run.log, where rank 0 has begun one."""
+    from feddip_mpi import runtime
+
+    output.note(f"{_kind(error)}: {error}")
+    runtime.log.info("%s: %s", _kind(error), error)
+    if more:
+        output.note(more)
 
 
 def _kind(error: FeddipError) -> str:
@@ -469,12 +481,16 @@ def main() -> None:
         sys.exit(130)
     except click.ClickException as error:
         _let_first_rank_speak()
-        _with_way_out(error).show()
+        shown = io.StringIO()
+        _with_way_out(error).show(shown)
+        output.note(shown.getvalue().rstrip())
         sys.exit(InputError.exit_code)
     except FeddipError as error:
         _let_first_rank_speak()
         _complain(error)
         sys.exit(error.exit_code)
+    finally:
+        output.settle()
     sys.exit(0)
 
 

@@ -5,11 +5,11 @@ Messages are plain arrays or JSON, never pickles. Bytes are counted from the buf
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import os
-import sys
 import threading
 import time
 import zlib
@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from feddip_mpi import errors
+from feddip_mpi import errors, output, runtime
 from feddip_mpi.errors import FeddipError, InputError, PeerError, RankLost
 
 # Counts and displacements of MPI-3 are int32 and Open MPI refuses larger ones: stay below in every call.
@@ -31,7 +31,7 @@ _PIECE = 2**26
 # A thread that waits for MPI must not burn the core of the one that trains; it looks again after so many seconds.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
 
-# An MPI library that is stuck must not keep a process that wants to end.
+# An MPI library that is stuck, or an stderr that nobody reads, must not keep a process that wants to end.
 _ABORT_SECONDS, _FINALIZE_SECONDS = 5.0, 10.0
 _LAST_WORDS_SECONDS = 0.3
 
@@ -712,19 +712,31 @@ class Communicator:
             window.Free()
         self._windows.clear()
 
-    def abort(self, code: int) -> None:
+    def abort(self, code: int, say_why: Callable[[], None]) -> None:
         """End all ranks at once: the others may be waiting in a collective that this one will never reach.
 
         After `revoke` each ends by itself: mpirun (5.0.11) may stay for ever where several ranks call MPI_Abort.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self._revoked:
+        self._say_last(say_why, code)
+        if self._revoked or (self.fault_tolerant and self.size == 1):
             os._exit(code)
-        _exit_after(_ABORT_SECONDS, code)
         # mpiexec (MPICH 5.0.2) ends without reading what is still in the pipes, and this may be why the job ends.
         time.sleep(_LAST_WORDS_SECONDS)
         self._mpi.COMM_WORLD.Abort(code)
+
+    def fail(self, code: int, say_why: Callable[[], None]) -> None:
+        """End for a reason that the others need not have, such as memory: where MPI is fault tolerant they go on without."""
+        if self.fault_tolerant and self.size > 1:
+            self._say_last(say_why, code)
+            runtime.die()  # of a rank that only exits mpirun (5.0.11) does not tell the others: they would wait for ever
+        self.abort(code, say_why)
+
+    def _say_last(self, say_why: Callable[[], None], code: int) -> None:
+        """Whatever becomes of these words, this process ends soon."""
+        runtime.end_after(_ABORT_SECONDS, runtime.die if self.fault_tolerant else functools.partial(os._exit, code))
+        with contextlib.suppress(Exception):  # such as no memory for the message: the end counts
+            say_why()
+        output.flush()
 
     def leave(self, code: int) -> None:
         """End this process as the last thing it does, all ranks alike; returns where Python may end it as usual.
@@ -734,11 +746,10 @@ class Communicator:
         if not self.fault_tolerant:
             self.free()
             return
-        sys.stdout.flush()
-        sys.stderr.flush()
+        output.flush()
         try:
             if not self.damaged:
-                _exit_after(_FINALIZE_SECONDS, code)
+                runtime.end_after(_FINALIZE_SECONDS, functools.partial(os._exit, code))
                 self.free()
                 self._mpi.Finalize()
                 return
@@ -751,12 +762,6 @@ class Communicator:
             self.sent[purpose] += size
         elif from_root:
             self.received[purpose] += size
-
-
-def _exit_after(seconds: float, code: int) -> None:
-    timer = threading.Timer(seconds, os._exit, [code])
-    timer.daemon = True
-    timer.start()
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

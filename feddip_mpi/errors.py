@@ -24,6 +24,10 @@ class DamagedFileError(FeddipError):
     exit_code = 3
 
 
+class UnreadableFileError(FeddipError):
+    """A file of ours is there and cannot be read now, which says nothing about its content: nothing else may take its place."""
+
+
 class NumericalError(FeddipError):
     """A loss or an update is NaN or infinite: training cannot go on from here."""
 
@@ -40,6 +44,12 @@ class RankLost(FeddipError):
     """A rank died. With a fault-tolerant MPI the others go on from here, as `on_rank_failure` says."""
 
     exit_code = 6
+
+
+class FolderBusy(InputError):
+    """Another job has the run folder, or a file server keeps the lock of one whose node died: trying again may help."""
+
+    exit_code = 7
 
 
 class Stopped(FeddipError):

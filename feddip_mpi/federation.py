@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from feddip_mpi import data, generators, indices, methods, models
+from feddip_mpi import data, generators, indices, methods, models, runtime
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.data import partition as partitions
-from feddip_mpi.errors import FeddipError, InputError
+from feddip_mpi.errors import FeddipError, InputError, PeerError
 from feddip_mpi.local import DeviceData, LocalTrainer
 from feddip_mpi.methods.base import Method
 from feddip_mpi.models import trial
@@ -84,7 +84,9 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     except FeddipError as caught:
         error = caught
     comm.check(error)
-    initial = flatten(model, layout).to(device)
+    initial = flatten(model, layout)
+    _require_same_start(comm, parts, initial)
+    initial = initial.to(device)
     bound, *more = (BoundModel(each, layout, device) for each in (model, *others))
     # On the CPU convolution and pooling then run channels last too: 1.3 times the LeNet-5 step (docs/results/step.json).
     # A model by import path may flatten its features with `view`, which takes contiguous ones only.
@@ -212,14 +214,65 @@ def agree_on_identity(dataset: data.Dataset, comm: Communicator) -> str:
     return identity
 
 
+def _require_same_start(comm: Communicator, parts: partitions.Partition, initial: torch.Tensor) -> None:
+    """Raises PeerError on all ranks where they would not train the same: wrong results, and no later check may notice.
+
+    Each rank partitions the data and draws the first weights by itself. Versions that differ without changing these are
+    warned of: other libraries may compute other last bits, which replicas that drift apart show.
+    """
+    mine = {
+        "partition": f"{_crc([*parts.train, *parts.test]):08x}",
+        "initial weights": f"{_crc([initial.numpy()]):08x}",
+        "versions": ", ".join(f"{name} {version}" for name, version in runtime.versions().items()),
+    }
+    digests = comm.gather(np.array([float(zlib.crc32(repr(mine).encode()))]))[:, 0]
+    if len(set(digests.tolist())) == 1:
+        return
+    found = comm.gather_json(mine)
+    lines = [
+        f"  {name}: {_named(ranks)}: {value}"
+        for name in mine
+        if len(holders := _holders([each[name] for each in found])) > 1
+        for value, ranks in holders.items()
+    ]
+    told = "\n".join(lines)
+    if all(each[name] == mine[name] for each in found for name in ("partition", "initial weights")):
+        if comm.rank == 0:
+            runtime.log.warning("the ranks differ in their versions, which may change last bits:\n%s", told)
+        return
+    error = PeerError(
+        f"the ranks would not train the same (CRC-32 of what each has made):\n{told}\n"
+        "give all ranks the same versions and the same code of your own; `feddip-mpi doctor` compares them"
+    )
+    error.shared = True
+    raise error
+
+
+def _crc(arrays: Iterable[np.ndarray]) -> int:
+    """CRC-32 of sizes and contents."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, zlib.crc32(str(array.shape).encode(), crc))
+    return crc
+
+
+def _holders(values: Iterable[str]) -> dict[str, list[int]]:
+    """The ranks that have each value; `values`: of all ranks, in their order."""
+    holders: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        holders.setdefault(value, []).append(rank)
+    return holders
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {_spans(ranks)}"
+
+
 def _differing(found: Sequence[Sequence[str]]) -> str:
     """The message for ranks that found different data; `found`: identity and source of each rank."""
-    holders: dict[str, list[int]] = {}
-    for rank, (identity, _) in enumerate(found):
-        holders.setdefault(identity, []).append(rank)
     lines = [
-        f"  rank{'s' * (len(ranks) > 1)} {_spans(ranks)}: {identity!r} ({found[ranks[0]][1]})"
-        for identity, ranks in holders.items()
+        f"  {_named(ranks)}: {identity!r} ({found[ranks[0]][1]})"
+        for identity, ranks in _holders(identity for identity, _ in found).items()
     ]
     head, way_out = "data.path: the ranks found different data:", "give every node the same files"
     return "\n".join([head, *lines, way_out])

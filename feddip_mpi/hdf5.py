@@ -8,9 +8,12 @@ Layout-free: it knows groups, datasets and attributes; what they mean is `checkp
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,11 +23,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
+from feddip_mpi.errors import DamagedFileError, FeddipError, InputError, UnreadableFileError
 
 _SEAL_BYTES = 512  # of the user block; HDF5 allows powers of two from 512
 _SEAL_TITLE = b"feddip-mpi sealed HDF5\n"
 _READ_BYTES = 1 << 20
+# A finished file never changes; where a file system has no locks, HDF5 would not open it.
+_LOCKING = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,38 @@ class Item:
     name: str
     array: np.ndarray
     attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Sink(io.FileIO):
+    """What HDF5 writes into. It never tells of an error: `check` does.
+
+    A library that has met a full disk prints a traceback for every dataset that is let go of, and crashes when the process
+    ends (h5py 3.16, HDF5 2.0).
+    """
+
+    _error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self._error is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self._error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+        return size or 0
+
+    def check(self) -> None:
+        """Raises OSError where something could not be written."""
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror)  # a new one: with its traceback it holds arrays
 
 
 class Draft:
@@ -48,9 +85,11 @@ class Draft:
 
         self.path = path
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        self._sink = _Sink(self._temporary, "w+")
         try:
-            self._file = h5py.File(self._temporary, "w", userblock_size=_SEAL_BYTES)
+            self._file = h5py.File(self._sink, "w", userblock_size=_SEAL_BYTES)
         except BaseException:
+            self._sink.close()
             self._temporary.unlink(missing_ok=True)
             raise
 
@@ -60,6 +99,7 @@ class Draft:
         for key, value in item.attributes.items():
             dataset.attrs[key] = value
         dataset.attrs["crc32"] = np.uint32(_crc(item.array))
+        self._sink.check()
 
     def finish(
         self, attributes: Mapping[str, Any], group_attributes: Mapping[str, Mapping[str, Any]] | None = None
@@ -74,8 +114,11 @@ class Draft:
         digest = _digest(file)
         file.attrs["digest"] = digest
         file.flush()
+        self._sink.check()
         file.attrs["complete"] = True
         file.close()
+        self._sink.check()
+        self._sink.close()
         _seal(self._temporary)
         replace_durably(self._temporary, self.path)
         return digest
@@ -83,10 +126,12 @@ class Draft:
     def discard(self) -> None:
         """Close and remove what is not finished; it may be called twice."""
         try:
-            with suppress(OSError, RuntimeError):  # what cannot be written cannot be closed; whoever wrote was told
+            with suppress(OSError, RuntimeError):  # whoever wrote was told
                 self._file.close()
+                self._sink.close()
         finally:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the next save removes it
+                self._temporary.unlink(missing_ok=True)
 
 
 def write(
@@ -136,14 +181,16 @@ def check_seal(path: Path) -> None:
     """Compare a file with the checksum in its user block, before the HDF5 library sees it.
 
     Raises:
+        InputError: there is no such file.
         DamagedFileError: not written by `write`, cut short or altered.
+        UnreadableFileError: it cannot be read now.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(_SEAL_BYTES)
             length, digest = _hash_rest(file)
-    except OSError as error:
-        raise DamagedFileError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, MemoryError) as error:
+        raise _cannot_read(error, path) from None
     if not head.startswith(_SEAL_TITLE):
         raise DamagedFileError(f"{path}: not a file of this program, or damaged at its beginning")
     if head == (_SEAL_TITLE + f"sha256 {digest}\nbytes {length}\n".encode()).ljust(_SEAL_BYTES, b"\n"):
@@ -180,7 +227,9 @@ def replace_durably(temporary: Path, path: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why a file cannot be written, in the system's words; HDF5 wraps them in its own."""
+    """Why a file cannot be written or read, in the system's words; HDF5 wraps them in its own."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
     if isinstance(error, OSError) and error.strerror and "error message" not in error.strerror:
         return error.strerror
     inner = re.search(r"error message = '([^']*)'", str(error))
@@ -194,6 +243,21 @@ def cannot_write(error: OSError, path: Path | None = None) -> FeddipError:
         f"{name}: cannot be written ({reason(error)}); checkpoints are untouched: free space or make it writable, then "
         "`feddip-mpi resume` goes on"
     )
+
+
+def _cannot_read(error: BaseException, path: Path) -> FeddipError:
+    """The error for a file that the system cannot read: it is not there, or nothing is known of its content."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return InputError(f"{path}: no such file; name a checkpoint such as runs/NAME/checkpoints/round-000100.h5")
+    return UnreadableFileError(
+        f"{path}: cannot be read now ({reason(error)}), which says nothing about its content; see to its file system, or to "
+        "the memory, and try again"
+    )
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    """Whether reading has failed, and not what was read. h5py hands the system's errors on in its own words, also as KeyError."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or "errno = " in str(error)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -215,9 +279,8 @@ class Reader:
     def attributes(self, group: str = "/") -> dict[str, Any]:
         """Attributes of a group, as Python values."""
         with _guard(self.path):
-            if group not in self._file:
-                raise DamagedFileError(f"{self.path}: no group {group!r}; not a checkpoint of this program, or damaged")
-            return {key: _plain(value) for key, value in self._file[group].attrs.items()}
+            found = self._found("group", group, "; not a checkpoint of this program, or damaged")
+            return {key: _plain(value) for key, value in found.attrs.items()}
 
     def names(self, prefix: str = "") -> list[str]:
         """Paths of all datasets below `prefix`, sorted."""
@@ -227,15 +290,22 @@ class Reader:
     def array(self, name: str) -> np.ndarray:
         """The dataset, after its checksum was compared."""
         with _guard(self.path):
-            if name not in self._file:
-                raise DamagedFileError(f"{self.path}: no dataset {name!r}")
-            dataset = self._file[name]
+            dataset = self._found("dataset", name)
             array = dataset[()]
             if _crc(array) != int(dataset.attrs["crc32"]):
                 raise DamagedFileError(
                     f"{self.path}: dataset {name!r} does not match its checksum; the file is damaged"
                 )
         return np.asarray(array)
+
+    def _found(self, kind: str, name: str, remark: str = "") -> Any:
+        """A group or dataset. `in` would be no way to ask: it calls absent what cannot be read now."""
+        try:
+            return self._file[name]
+        except KeyError as error:
+            if _is_of_the_system(error):
+                raise
+            raise DamagedFileError(f"{self.path}: no {kind} {name!r}{remark}") from None
 
     def attribute(self, name: str, key: str) -> Any:
         """One attribute of a dataset."""
@@ -269,16 +339,14 @@ def open_file(path: Path) -> Iterator[Reader]:
     Raises:
         InputError: there is no such file.
         DamagedFileError: it is no file, was not written by `write`, is not as it was written, or was never finished.
+        UnreadableFileError: it cannot be read now.
     """
     import h5py
 
-    if not path.is_file():
-        if os.path.lexists(path):
-            raise DamagedFileError(f"{path}: no file, but a folder, a link that leads nowhere, or a device")
-        raise InputError(f"{path}: no such file; name a checkpoint such as runs/NAME/checkpoints/round-000100.h5")
+    _require_file(path)
     check_seal(path)
     with _guard(path):
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", locking=_LOCKING)
     try:
         reader = Reader(file, path)
         if not reader.attributes().get("complete", False):
@@ -288,19 +356,32 @@ def open_file(path: Path) -> Iterator[Reader]:
         file.close()
 
 
+def _require_file(path: Path) -> None:
+    """Opening anything else might wait for ever."""
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        is_file = False
+        if error.errno not in (errno.ENOENT, errno.ELOOP) or not path.is_symlink():
+            raise _cannot_read(error, path) from None
+    if not is_file:
+        raise DamagedFileError(f"{path}: no file, but a folder, a link that leads nowhere, or a device")
+
+
 def read_arrays(path: Path | str, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Named arrays of any HDF5 file (a user's own data): no checksums expected.
 
     Raises:
         InputError: the file or an array is missing; the message lists what there is.
-        DamagedFileError: the file cannot be read.
+        DamagedFileError: the file is no HDF5, or damaged.
+        UnreadableFileError: it cannot be read now.
     """
     import h5py
 
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with _guard(path), h5py.File(path, "r") as file:
+    with _guard(path), h5py.File(path, "r", locking=_LOCKING) as file:
         missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
         if missing:
             raise InputError(
@@ -311,7 +392,7 @@ def read_arrays(path: Path | str, names: Iterable[str]) -> dict[str, np.ndarray]
 
 @contextmanager
 def _guard(path: Path) -> Iterator[None]:
-    """h5py reports damage as many kinds of exception; all of them mean the same to the user."""
+    """h5py reports damage as many kinds of exception; all of them mean the same to the user, but what the system says of it."""
     try:
         yield
     except (
@@ -324,8 +405,11 @@ def _guard(path: Path) -> Iterator[None]:
         MemoryError,
         ArithmeticError,
     ) as error:
-        reason = " ".join(str(error).split())
-        raise DamagedFileError(f"{path}: cannot be read as HDF5, it is truncated or damaged ({reason})") from None
+        if _is_of_the_system(error):
+            raise _cannot_read(error, path) from None
+        raise DamagedFileError(
+            f"{path}: cannot be read as HDF5, it is truncated or damaged ({reason(error)})"
+        ) from None
 
 
 def _crc(array: np.ndarray) -> int:

@@ -296,6 +296,23 @@ def read(path: Path) -> list[Record]:
     return out
 
 
+def last_accuracies(history: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of the last five evaluations, or fewer, the accuracies of models about as sparse as the last one, which comes last.
+
+    A mean that took in the models before a cut, which kept more weights, would be no sparsity's.
+    """
+    scored = [row for row in history if row.get("test_accuracy") is not None][-5:]
+    if not scored:
+        return []
+    kept = 1 - scored[-1]["sparsity"]
+    alike = [row for row in scored if abs(1 - row["sparsity"] - kept) <= _ALIKE * kept + 1e-12]
+    return [float(row["test_accuracy"]) for row in alike]
+
+
+# Of the weights kept: a run whose mask is never frozen still makes its last cuts, which change so little, at its end.
+_ALIKE = 0.05
+
+
 def bytes_besides(record: Mapping[str, Any]) -> int:
     """What went up besides updates. Records of older versions have it within the kinds of the update: then 0 is left."""
     own = sum(int(record.get(f"upload_{kind}_bytes") or 0) for kind in KINDS_OF_BYTES)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import socket
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from feddip_mpi import config, hdf5
-from feddip_mpi.errors import InputError
-from feddip_mpi.runtime import log
+from feddip_mpi.errors import FolderBusy, InputError
+from feddip_mpi.runtime import in_batch_job, log
 from feddip_mpi.settings import Config
+
+# The lock of a process that has died is free as soon as its kernel has cleaned up, that of a node that has died when the file
+# server no longer believes in it (a lease on NFSv4: 90 seconds unless set otherwise; Lustre: up to some minutes).
+_LOCK_SECONDS, _LOCK_SECONDS_IN_A_JOB = 10.0, 300.0
+_MOMENT, _LONGEST_PAUSE = 0.12, 1.0
+
+
+def lock_seconds() -> float:
+    """How long a lock that another job has is waited for."""
+    return _LOCK_SECONDS_IN_A_JOB if in_batch_job() else _LOCK_SECONDS
 
 
 def name_one_of(folder: Path) -> str:
@@ -23,6 +36,15 @@ def name_one_of(folder: Path) -> str:
     except OSError:
         return ""
     return f"it holds {len(inside)} run folders: name one of them, such as {inside[0]}" if inside else ""
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One command at a time: those that begin together would each write what they have read before, without what others add."""
+    with open(lock, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,10 @@ class RunFolder:
     def finished(self) -> Path:
         """Exists exactly when the run is complete: an exit code of mpirun proves nothing (docs/sharp-bits.md)."""
         return self.path / "finished.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
 
     @property
     def plot(self) -> Path:
@@ -116,21 +142,47 @@ def holder(folder: RunFolder) -> str | None:
     return None
 
 
+_LOG_BYTES = 16384
+_ENTRY = re.compile(r"^\S+ \S+ rank \d+ [A-Z]+ ", re.MULTILINE)  # as `runtime.start_log` begins each
+
+
+def failure(folder: RunFolder) -> str | None:
+    """The error that a run ended with: the last entry of its log; None where that is something else.
+
+    Of a run that is at work, or was killed or stopped since, the last entry is another one.
+    """
+    try:
+        with open(folder.log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    last = _ENTRY.split(text)[-1]
+    return " ".join(last.split()) if last.startswith("error: ") else None
+
+
 class Lock:
     """Held as long as this process lives: two jobs in one folder would remove each other's files."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Take it. Raises InputError that names who has it."""
+    def __init__(self, folder: RunFolder, seconds: float = 0.0, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Take it. Raises FolderBusy that names who has it.
+
+        Args:
+            folder: of the run.
+            seconds: to wait for another job to leave.
+            give_up: asked while it waits, to wait no longer.
+        """
+        self._folder = folder
         self._file: IO[str] = open(folder.lock_file, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         try:
-            self._take()
+            self._take(seconds, give_up)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
+            holder = self._holder()
             self._file.close()
-            raise InputError(
-                f"{folder.path}: another job is at work in this run folder ({holder}); wait for its end, or stop it "
-                "(USR1 lets it save first)"
+            waited = f", also after {seconds:g} s of waiting" if seconds and not give_up() else ""
+            raise FolderBusy(
+                f"{folder.path}: another job is at work in this run folder ({holder}){waited}; wait for its end, or stop it "
+                "(USR1 lets it save first). If its node has died, the file server will notice: try again later"
             ) from None
         except OSError as error:  # some network file systems have no locks
             log.warning("%s: no lock on this file system (%s): start no second job in this folder", folder.path, error)
@@ -140,16 +192,31 @@ class Lock:
         )
         self._file.flush()
 
-    def _take(self) -> None:
-        """Try for a moment: `holder` looks by taking the lock itself, which lasts no longer."""
-        for patience in (0.02, 0.1, 0):
+    def _take(self, seconds: float, give_up: Callable[[], bool]) -> None:
+        """Try for a moment at least: `holder` looks by taking the lock itself, which lasts no longer."""
+        begun, pause, told = time.monotonic(), 0.02, False
+        while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
-                if not patience:
+                waited = time.monotonic() - begun
+                if waited > max(seconds, _MOMENT) or give_up():
                     raise
-                time.sleep(patience)
+                if waited > _MOMENT and not told:
+                    told = True
+                    log.warning(
+                        "%s: waits up to %g s for another job to leave this run folder (%s)",
+                        self._folder.path,
+                        seconds,
+                        self._holder(),
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        return self._file.read().strip() or "unknown"
 
     def release(self) -> None:
         self._file.close()

@@ -19,11 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from feddip_mpi import output
 from feddip_mpi.errors import InputError
 from feddip_mpi.settings import Config
 
@@ -36,7 +36,6 @@ _NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.glusterfs",
     "fuse.sshfs", "fuse.ceph", "panfs", "pvfs2", "orangefs", "wekafs", "afs", "9p", "virtiofs",
 }  # fmt: skip
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
@@ -101,11 +100,9 @@ class Fault:
         if (phase, round + 1) != (self.phase, self.round):
             return
         if self.delay:
-            timer = threading.Timer(self.delay / 1000, os.kill, [os.getpid(), signal.SIGKILL])
-            timer.daemon = True
-            timer.start()
+            end_after(self.delay / 1000, die)
         else:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
 
 def faults(rank: int, environment: Mapping[str, str] = os.environ) -> list[Fault]:
@@ -138,21 +135,23 @@ def faults(rank: int, environment: Mapping[str, str] = os.environ) -> list[Fault
 
 
 def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a launch in which every process believes that it is alone.
+    """Refuse a launch that falls into several: every process believes that it is alone, or some believe so together.
 
     `srun` without the right PMI, or the mpirun of another MPI, starts P programs of one rank each; all exit 0 and
-    each overwrites the other's files (measured with Open MPI and MPICH, docs/sharp-bits.md).
+    each overwrites the other's files (measured with Open MPI and MPICH, docs/sharp-bits.md). More ranks than the launcher
+    tells of are none of its failures: a heterogeneous step of Slurm counts its parts one by one.
     """
     launched, variable = launched_ranks(environment)
-    if size > 1 or launched <= 1:
+    if size >= launched:
         return
+    seen = f"MPI sees {size} rank{'s' * (size > 1)}"
     if variable.startswith("SLURM_"):
         raise InputError(
-            f"srun started {launched} tasks, but MPI sees 1 rank: the PMI of srun does not fit this MPI library; use "
+            f"srun started {launched} tasks, but {seen}: the PMI of srun does not fit this MPI library; use "
             "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH), or mpirun inside the allocation"
         )
     raise InputError(
-        f"the launcher started {launched} ranks ({variable}), but MPI sees 1 rank: the launcher does not fit the MPI "
+        f"the launcher started {launched} ranks ({variable}), but {seen}: the launcher does not fit the MPI "
         "library that mpi4py loads (`feddip-mpi doctor` names it); use the mpirun or mpiexec that belongs to it"
     )
 
@@ -160,6 +159,11 @@ def check_launch(size: int, environment: Mapping[str, str] = os.environ) -> None
 def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process runs in a job of Slurm."""
     return "SLURM_JOB_ID" in environment
+
+
+def in_batch_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs in a job of Slurm, PBS or LSF: nobody waits at a terminal."""
+    return any(name in environment for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
 
 
 def launcher_words(launcher: str) -> list[str]:
@@ -321,43 +325,10 @@ def _peak_resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class StopFlag:
-    """Set by TERM, USR1, USR2 or INT; the handler does nothing else. Ranks agree on it at the end of a round.
-
-    A second INT (Ctrl-C again) does not wait for that: it raises KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.name = ""
-        self._since = 0.0
-
-    def expired(self, grace: float) -> bool:
-        """Whether a signal came more than `grace` seconds ago. Cheap enough to be asked for every batch."""
-        return self.requested and time.monotonic() - self._since > grace
-
-    @classmethod
-    def installed(cls) -> StopFlag:
-        """A flag that signals set from now on: first thing in a run, because a signal may come while data is read."""
-        flag = cls()
-        flag.install()
-        return flag
-
-    def install(self) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self._since = time.monotonic()
-        self.requested = True
-        self.name = signal.Signals(number).name
-
-
 # A watchdog that looks so many seconds late has been suspended with its process.
 _LATE = 5.0
+# Saying why a process ends must not keep it from ending.
+_LAST_WORDS_SECONDS = 5.0
 
 
 class Watchdog:
@@ -370,22 +341,22 @@ class Watchdog:
 
     WAITING = ("wait", "exchange", "plan", "evaluate", "commit", "checkpoint", "recover")
 
-    def __init__(self, seconds: float | None, rank: int, abort: Callable[[int], None]) -> None:
+    def __init__(self, seconds: float | None, rank: int, abort: Callable[[int, Callable[[], None]], None]) -> None:
         """Begin to watch.
 
         Args:
             seconds: without progress; None: never ends anything.
             rank: of this process.
-            abort: ends all ranks with an exit code.
+            abort: ends all ranks with an exit code, after a call that says why.
         """
         self._rank, self._abort = rank, abort
-        self._entered = ("start", 0, time.monotonic())
+        self.enter("start")
         self._closed = threading.Event()
         if seconds is not None:
             threading.Thread(target=self._watch, args=(seconds,), name="watchdog", daemon=True).start()
 
-    def enter(self, phase: str, round: int) -> None:
-        """Progress: this rank now begins `phase` of round t."""
+    def enter(self, phase: str, round: int | None = None) -> None:
+        """Progress: this rank now begins `phase`, of round t or of no round."""
         self._entered = (phase, round, time.monotonic())
 
     def close(self) -> None:
@@ -407,18 +378,32 @@ class Watchdog:
             waits = phase in self.WAITING
             if now - max(since, awake) > seconds * (1.25 if waits else 1.0):
                 what = "waits for another rank" if waits else "is stuck"
-                _last_words(
-                    f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in phase {phase!r} of round "
-                    f"{round + 1}; ending all ranks. `feddip-mpi resume` goes on from the last checkpoint; set watchdog to "
-                    "more seconds if this phase may take as long"
+                where = f"phase {phase!r}" + (f" of round {round + 1}" if round is not None else "")
+                words = (
+                    f"watchdog: rank {self._rank} {what}: no progress for {seconds:g} s in {where}; ending all ranks. "
+                    "`feddip-mpi resume` goes on from the last checkpoint; set watchdog to more seconds if this phase may "
+                    "take as long"
                 )
-                self._abort(1)
+                self._abort(1, partial(_last_words, words))
 
 
 def _last_words(text: str) -> None:
     """Why this process ends, and where its threads stand."""
-    print(text, file=sys.stderr, flush=True)
+    output.note(text)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+
+def end_after(seconds: float, end: Callable[[], None]) -> None:
+    """End this process then, whatever it is at: in an MPI library that is stuck, or in words that nobody reads."""
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError, MemoryError):  # no memory for a thread
+        timer.start()
+
+
+def die() -> None:
+    """End this process as the kernel does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
@@ -426,11 +411,14 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
     """Ends this process with exit code 1 where the block takes longer than `seconds`: `what` names what it waits for."""
 
     def end() -> None:
-        _last_words(
-            f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "
-            "checkpoint"
-        )
-        os._exit(1)
+        end_after(_LAST_WORDS_SECONDS, partial(os._exit, 1))  # nobody may read them
+        try:
+            _last_words(
+                f"deadline: {what} took more than {seconds:g} s; this rank ends. `feddip-mpi resume` goes on from the last "
+                "checkpoint"
+            )
+        finally:
+            os._exit(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

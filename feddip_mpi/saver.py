@@ -105,6 +105,7 @@ class FolderSaver:
                 checkpoint.complete(draft, snapshot, (kept.popleft() for _ in range(len(kept))))
             finally:
                 draft.discard()
+        if not failed:
             checkpoint.prune_old(
                 self._folder.checkpoints, settings.keep, settings.best, self._final_sparsity(), snapshot.server.round
             )

@@ -25,6 +25,7 @@ from feddip_mpi import (
     metrics,
     recovery,
     rounds,
+    run_folder,
     runtime,
     schedules,
     scoring,
@@ -44,12 +45,10 @@ from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.settings import Config
+from feddip_mpi.stopping import StopFlag
 from feddip_mpi.summary import summarise
 
 T = TypeVar("T")
-
-# The lock of a rank that has died is free as soon as its kernel has cleaned up; on a network a moment later.
-_LOCK_SECONDS = 10.0
 
 
 def on_root(comm: Communicator, work: Callable[[], T]) -> T:
@@ -67,10 +66,10 @@ def on_root(comm: Communicator, work: Callable[[], T]) -> T:
     return result
 
 
-def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None) -> None:
+def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: str | None, stop: StopFlag) -> None:
     """Start a new run. Raises Stopped when a signal ended it after saving."""
-    runtime.check_launch(comm.size)
-    stop = runtime.StopFlag.installed()
+    on_root(comm, lambda: runtime.check_launch(comm.size))
+    stop.install()  # again: an MPI library may have taken a signal for itself
 
     def read() -> list[Any]:
         settings = config.load(config_path, overrides)
@@ -81,11 +80,13 @@ def train(comm: Communicator, config_path: str, overrides: Sequence[str], out: s
 
     values, path = on_root(comm, read)
     settings, folder = config.validate(values), RunFolder(Path(path))
-    built = _build_to_train(comm, settings)
     with ExitStack() as held:
+        watchdog = _watch(comm, settings, held)
+        built = _build_to_train(comm, settings, watchdog)
+        watchdog.enter(_of_root(comm, "open"))
         on_root(comm, lambda: _hold(held, folder.create(settings)))
         _open_log(comm, folder, f"start: {settings.method}, {comm.size} ranks, {comm.library()}")
-        _begin(built, Run(folder, stop, held, owner=comm.rank == 0))
+        _begin(built, Run(folder, stop, held, watchdog, owner=comm.rank == 0))
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Run:
         folder: of the run.
         stop: set by signals.
         held: releases the lock.
+        watchdog: over this rank, from the configuration to the last file.
         owner: whether this rank has the lock.
         created: ISO 8601 time at which the run began.
         faults: that tests have ordered for this rank.
@@ -104,8 +106,9 @@ class Run:
     """
 
     folder: RunFolder
-    stop: runtime.StopFlag
+    stop: StopFlag
     held: ExitStack
+    watchdog: runtime.Watchdog
     owner: bool
     created: str = ""
     faults: list[runtime.Fault] = field(default_factory=list)
@@ -123,6 +126,18 @@ def _hold(held: ExitStack, lock: Lock) -> None:
     held.callback(lock.release)
 
 
+def _watch(comm: Communicator, settings: Config, held: ExitStack) -> runtime.Watchdog:
+    """A watchdog over this rank until the command ends."""
+    watchdog = runtime.Watchdog(settings.watchdog, comm.world_ranks[comm.rank], comm.abort)
+    held.callback(watchdog.close)
+    return watchdog
+
+
+def _of_root(comm: Communicator, phase: str) -> str:
+    """What this rank enters where rank 0 works and the others wait for it."""
+    return phase if comm.rank == 0 else "wait"
+
+
 def _begin(built: Federation, run: Run) -> None:
     """Play a run from its first round on."""
     run.created = on_root(built.comm, lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -131,49 +146,44 @@ def _begin(built: Federation, run: Run) -> None:
 
 def _first_state(built: Federation, run: Run) -> State:
     """The state before the first round. Raises Stopped where a signal came while clients measured for it."""
-    watchdog, life = _watched(built, run)
     try:
-        return rounds.initial_state(built, life)
+        return rounds.initial_state(built, _life(built, run))
     except Abandoned as abandoned:
         stopped = _stopped_before(0, run)
         stopped.shared = abandoned.shared  # all ranks are here: each ends by itself
         raise stopped from None
-    finally:
-        watchdog.close()
 
 
 def _stopped_before(round: int, run: Run) -> Stopped:
     return Stopped(f"stopped by a signal before round {round + 1}; `feddip-mpi resume {run.folder.path}` goes on")
 
 
-def resume(comm: Communicator, path: str, overrides: Sequence[str]) -> None:
+def resume(comm: Communicator, path: str, overrides: Sequence[str], stop: StopFlag) -> None:
     """Go on with a run from its newest checkpoint that verifies, on any number of ranks.
 
     A run that ended before its first checkpoint begins again, as its folder says.
     """
-    runtime.check_launch(comm.size)
-    stop = runtime.StopFlag.installed()
+    on_root(comm, lambda: runtime.check_launch(comm.size))
+    stop.install()
     with ExitStack() as held:
         _resume(comm, RunFolder(Path(path)), overrides, stop, held)
 
 
-def _resume(
-    comm: Communicator, folder: RunFolder, overrides: Sequence[str], stop: runtime.StopFlag, held: ExitStack
-) -> None:
+def _resume(comm: Communicator, folder: RunFolder, overrides: Sequence[str], stop: StopFlag, held: ExitStack) -> None:
     loaded: list[Loaded] = []
 
     def read() -> list[Any]:
         if not folder.path.is_dir():
             raise InputError(f"{folder.path}: no such run folder; `train` prints the name of the one it makes")
-        saved = bool(checkpoint.listed(folder.checkpoints))
-        if saved or folder.config.exists():  # anything else is no run folder, and nothing is written there
-            _hold(held, Lock(folder))
+        if folder.config.exists() or checkpoint.listed(folder.checkpoints):  # nothing is written to any other folder
+            _hold(held, Lock(folder, run_folder.lock_seconds(), lambda: stop.requested))
+        saved = bool(checkpoint.listed(folder.checkpoints))  # the job that had the lock may have saved once more
         if not saved and folder.config.exists():
             settings = config.override(config.load(folder.config), overrides, config.RESUMABLE_KEYS)
             _require_extras(settings)
             return [config.to_dict(settings), [], 0, False]
         found, refused = checkpoint.newest(folder.checkpoints)
-        settings = config.override(found.config, overrides, config.RESUMABLE_KEYS)
+        settings = config.override(_last_told(folder, found), overrides, config.RESUMABLE_KEYS)
         _require_extras(settings)
         _check_rounds(settings, found)
         loaded.append(found)
@@ -183,6 +193,7 @@ def _resume(
 
     values, refused, done, complete = on_root(comm, read)
     settings = config.validate(values)
+    watchdog = _watch(comm, settings, held)
     if comm.rank == 0:
         _open_log(comm, folder, f"resume after round {done} {_source(loaded)}: {comm.size} ranks")
         for reason in refused:
@@ -191,8 +202,9 @@ def _resume(
         if comm.rank == 0:
             terminal.say(f"{folder.path} is finished after {done} rounds; --set rounds=N with a larger N goes on")
         return
-    built = _build_to_train(comm, settings)
-    run = Run(folder, stop, held, owner=comm.rank == 0)
+    built = _build_to_train(comm, settings, watchdog)
+    run = Run(folder, stop, held, watchdog, owner=comm.rank == 0)
+    watchdog.enter(_of_root(comm, "restore"))
     if done == 0:
         on_root(comm, lambda: _reopen(folder, settings))
         _begin(built, run)
@@ -200,6 +212,31 @@ def _resume(
     state, history, run.created = _restore(built, loaded[0] if loaded else None)
     on_root(comm, lambda: _reopen(folder, settings))  # not before: data that does not fit must change nothing
     _play(built, run, state, history)
+
+
+def _last_told(folder: RunFolder, found: Loaded) -> Config:
+    """The configuration that the last start went by, as the folder has it.
+
+    The checkpoint's lacks what `--set` has changed where that start ended before it could save. Raises InputError where the
+    folder's cannot be read, or is another run's.
+    """
+    if not folder.config.exists():
+        return found.config
+    try:
+        told = config.load(folder.config)
+        saved, now = config.flat(found.config), config.flat(told)
+        differing = [key for key in saved if saved[key] != now[key] and key not in config.RESUMABLE_KEYS]
+        if differing:
+            lines = [f"  {key} is {now[key]!r}, but {saved[key]!r} in {found.path.name}" for key in differing]
+            raise InputError(
+                "\n".join([f"{folder.config}: says what cannot change in a resumed run, or is another run's:", *lines])
+            )
+    except InputError as error:
+        raise InputError(
+            f"{error}\n  mend this file; or remove it, and `resume` goes on as {found.path.name} says, without what "
+            "--set has changed since"
+        ) from None
+    return told
 
 
 def _require_extras(settings: Config) -> None:
@@ -215,25 +252,24 @@ def _check_rounds(settings: Config, found: Loaded) -> None:
     """Raises InputError for a number of rounds that is past, or that leaves no mask update to reach the final sparsity."""
     done = found.server.round
     if settings.rounds < done:
-        raise InputError(
-            f"--set rounds={settings.rounds}: the run has finished {done} rounds; rounds must be at least that"
-        )
+        raise InputError(f"rounds={settings.rounds}: the run has finished {done} rounds; rounds must be at least that")
     prunes = methods.named(settings.method).ends_at_final(settings)
     reached = found.server.support.count <= masks.kept_count(found.server.support.size, settings.sparsity.final)
     share = settings.mask.freeze_after
     if prunes and not reached and schedules.last_mask_update(settings.rounds, share) <= done:
         enough = next(n for n in itertools.count(done) if schedules.last_mask_update(n, share) > done)
         raise InputError(
-            f"--set rounds={settings.rounds}: the last mask update would belong to a round that is over ({done} are), and "
+            f"rounds={settings.rounds}: the last mask update would belong to a round that is over ({done} are), and "
             f"the model has {masks.sparsity(found.server.mask):.4f} of sparsity.final = {settings.sparsity.final}; rounds "
             f"must be at least {enough}"
         )
 
 
 def _reopen(folder: RunFolder, settings: Config) -> None:
-    folder.finished.unlink(missing_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
+    # In this order: a start that ends in between must not leave a run that was finished, and nothing of what it was told.
     hdf5.write_text(folder.config, config.to_yaml(settings))
+    folder.finished.unlink(missing_ok=True)
 
 
 def _default_folder(config_path: str) -> Path:
@@ -251,9 +287,10 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _build_to_train(comm: Communicator, settings: Config) -> Federation:
+def _build_to_train(comm: Communicator, settings: Config, watchdog: runtime.Watchdog) -> Federation:
     """`build`, after what training alone needs: an evaluation may happen on another machine."""
     error = None
+    watchdog.enter("load" if comm.node_rank == 0 else "wait")  # the first rank of each node reads the data
     try:
         require_folder(settings.upload)
         if settings.upload.entropy == "zstd":
@@ -333,6 +370,8 @@ def _play(built: Federation, run: Run, state: State | None, history: list[Record
         log.info("trains on %s", runtime.hardware())
     if built.config.precision == "bf16" and built.device.type == "cpu" and run.owner and runtime.lacks_bf16():
         log.warning("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
+    if run.owner and (caution := built.method.caution()) is not None:
+        log.warning("%s", caution)
     while True:
         try:
             if state is None:
@@ -377,7 +416,7 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
                 full.discard(layer)
                 log.warning(_EMPTIED, record["round"], layer)
 
-    watchdog, life = _watched(built, run)
+    life = _life(built, run)
     try:
         stopped = rounds.run(built, state, history, saver, report, lambda: stop.requested, life)
         saver.wait()
@@ -387,7 +426,6 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
         saver.close()
         raise
     finally:
-        watchdog.close()
         if progress is not None:
             progress.close()
         for sink in sinks:
@@ -395,9 +433,8 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
     if stopped:
         message = f"stopped by a signal after round {state.server.round}; `feddip-mpi resume {folder.path}` goes on"
         comm.check(Stopped(message))
-    for fault in run.faults:
-        fault.enter("finish", state.server.round - 1)
-    _finish(built, folder, state, history)
+    life.enter("finish", state.server.round - 1)
+    _finish(built, run, state, history)
 
 
 _EMPTIED = (
@@ -412,19 +449,18 @@ def emptied(record: Record, layers: Collection[str]) -> list[str]:
     return [name for name, share in record["sparsity_by_layer"].items() if name in layers and share == 1.0]
 
 
-def _watched(built: Federation, run: Run) -> tuple[runtime.Watchdog, Life]:
-    comm, grace = built.comm, built.config.stop_grace
-    watchdog = runtime.Watchdog(built.config.watchdog, comm.world_ranks[comm.rank], comm.abort)
+def _life(built: Federation, run: Run) -> Life:
+    grace = built.config.stop_grace
 
     def enter(phase: str, round: int) -> None:
-        watchdog.enter(phase, round)
+        run.watchdog.enter(phase, round)
         for fault in run.faults:
             fault.enter(phase, round)
 
     def stopped() -> FeddipError | None:
         return _stopped_before(0, run) if run.stop.requested else None
 
-    return watchdog, Life(lambda: run.stop.expired(grace), enter, stopped)
+    return Life(lambda: run.stop.expired(grace), enter, stopped)
 
 
 def _recover(
@@ -433,26 +469,23 @@ def _recover(
     """What the survivors go on from, after any number of further deaths; no state where that is the opening."""
     comm, settings = built.comm, built.config
     started = time.monotonic()
-    watchdog, _ = _watched(built, run)
-    try:
-        while True:
-            try:
-                with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
-                    survivors = comm.shrink()
-                if state is not None:
-                    state.holders = recovery.renumber(state.holders, survivors)
-                watchdog.enter("recover", state.server.round if state else 0)
-                for fault in run.faults:
-                    fault.enter("recover", run.recoveries)
-                run.recoveries += 1
-                run.finish_writing()
-                _take_over_folder(comm, run)
-                state, history, how = _mended(built, run, state, history)
-            except RankLost:
-                continue
-            break
-    finally:
-        watchdog.close()
+    while True:
+        try:
+            run.watchdog.enter("recover", state.server.round if state else 0)
+            with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
+                survivors = comm.shrink()
+            if state is not None:
+                state.holders = recovery.renumber(state.holders, survivors)
+            run.watchdog.enter("recover", state.server.round if state else 0)
+            for fault in run.faults:
+                fault.enter("recover", run.recoveries)
+            run.recoveries += 1
+            run.finish_writing()
+            _take_over_folder(comm, run)
+            state, history, how = _mended(built, run, state, history)
+        except RankLost:
+            continue
+        break
     if comm.rank == 0:
         dead, left = ", ".join(map(str, comm.lost_ranks)), comm.size
         done = state.server.round if state else 0
@@ -462,19 +495,13 @@ def _recover(
 
 
 def _take_over_folder(comm: Communicator, run: Run) -> None:
-    """Lock and log go to the new rank 0. Raises InputError on all ranks where the old one still lives somewhere."""
+    """Lock and log go to the new rank 0. Raises FolderBusy on all ranks where the old one still lives somewhere."""
     runtime.start_log(run.folder.path, comm.rank)
 
     def lock() -> None:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while not run.owner:
-            try:
-                _hold(run.held, Lock(run.folder))
-                run.owner = True
-            except InputError:  # the kernel may still be at the dead process's files
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        if not run.owner:
+            _hold(run.held, Lock(run.folder, run_folder.lock_seconds(), lambda: run.stop.requested))
+            run.owner = True
 
     on_root(comm, lock)
 
@@ -521,22 +548,23 @@ def _save_now(saver: FolderSaver, state: State, history: list[Record]) -> None:
         raise
 
 
-def _finish(built: Federation, folder: RunFolder, state: State, history: list[Record]) -> None:
+def _finish(built: Federation, run: Run, state: State, history: list[Record]) -> None:
     # Rank 0's history counts: the others' begins where the run was resumed.
     pruned = built.comm.broadcast(history[-1]["test_accuracy"] if history else None)
     if pruned is None:  # resumed with as many rounds as are done, the last of which was not evaluated
         pruned = scoring.score_model(built, server.pruned(state.server.weights, state.server.mask)).top1
     memory = scoring.score_model(built, state.server.weights)
     if built.comm.rank != 0:
+        run.watchdog.enter("wait")
         return
+    folder = run.folder
     summary = summarise(built, history, pruned, memory.top1, state.server.mask)
-    plot = _draw(built, folder, history)
-    terminal.show_summary(summary, folder.path, plot)
     try:
         hdf5.write_text(folder.finished, json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise hdf5.cannot_write(error, folder.finished) from None
     log.info("finished after round %d", state.server.round)
+    terminal.show_summary(summary, folder.path, _draw(built, folder, history))
 
 
 def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Path | None:
@@ -548,5 +576,8 @@ def _draw(built: Federation, folder: RunFolder, history: Sequence[Record]) -> Pa
         plots.run_figure(list(history), title, folder.plot)
     except InputError as error:  # matplotlib is an extra: the run is complete without a picture
         log.warning("no plot: %s", error)
+        return None
+    except Exception as error:  # of matplotlib's own, such as fonts that it cannot read
+        log.warning("no plot: %s: %s", type(error).__name__, error)
         return None
     return folder.plot

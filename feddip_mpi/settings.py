@@ -412,7 +412,7 @@ class Config(_Section):
         3600,
         gt=0,
         le=1e7,
-        description="seconds without progress of a rank (a client trained, a phase ended) that end the job; none: never",
+        description="seconds without progress of a rank (data read, client trained, phase ended) that end the job; none: never",
     )
     tensorboard: bool = Field(False, description="also write the numbers for TensorBoard (package tensorboard)")
     on_rank_failure: Literal["rewind", "continue", "abort"] = Field(

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from feddip_mpi import config, costs, hdf5, metrics, runtime, scaling
+from feddip_mpi import config, costs, hdf5, metrics, run_folder, runtime, scaling
 from feddip_mpi.errors import FeddipError, InputError, Stopped
 from feddip_mpi.report import terminal
 from feddip_mpi.run_folder import RunFolder
@@ -167,24 +167,39 @@ def prepare(config_path: str, overrides: Sequence[str], settings: Settings, out:
                 f"{settings.ranks[-1]} ranks; --set clients={needed}, fewer --ranks, or --kind strong"
             )
     folder = Path(out) if out else Path("runs") / f"study-{Path(config_path).stem}"
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "study.json").exists())):
+    if folder.exists() and (not folder.is_dir() or not _is_free_or_a_study(folder)):
         raise InputError(f"--out {folder}: exists and is no study; name a new folder")
-    if (folder / "study.json").exists():
-        before = load(folder)
-        same = all(getattr(before, name) == getattr(settings, name) for name in ("rounds", "warm_up", "per_rank"))
-        if not same or config.load(folder / "config.yaml") != loaded:
-            raise InputError(
-                f"--out {folder}: holds a study of another configuration (or other --rounds, --warm-up, --per-rank): its runs "
-                "would not compare with these; name another folder"
-            )
-        settings = _joined(before, settings)
+    text = config.to_yaml(loaded)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hdf5.write_text(folder / "config.yaml", config.to_yaml(loaded))
-        hdf5.write_text(folder / "study.json", json.dumps(asdict(settings), indent=1) + "\n")
+        with run_folder.alone(folder / _LOCK):  # another command may extend it at the same time
+            settings = _extended(folder, settings, text)
+            hdf5.write_text(folder / "config.yaml", text)
+            hdf5.write_text(folder / "study.json", json.dumps(asdict(settings), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error}); name a folder you may write to") from None
     return folder
+
+
+_LOCK = ".study.json.lock"
+
+
+def _is_free_or_a_study(folder: Path) -> bool:
+    return (folder / "study.json").exists() or (folder / _LOCK).exists() or not any(folder.iterdir())
+
+
+def _extended(folder: Path, settings: Settings, text: str) -> Settings:
+    """The settings with those of the study that the folder holds. Raises InputError where the two do not fit together."""
+    if not (folder / "study.json").exists():
+        return settings
+    before = load(folder)
+    same = all(getattr(before, name) == getattr(settings, name) for name in ("rounds", "warm_up", "per_rank"))
+    if not same or config.load(folder / "config.yaml") != config.parse(text):
+        raise InputError(
+            f"--out {folder}: holds a study of another configuration (or other --rounds, --warm-up, --per-rank): its runs "
+            "would not compare with these; name another folder"
+        )
+    return _joined(before, settings)
 
 
 def _joined(before: Settings, now: Settings) -> Settings:

@@ -17,9 +17,11 @@ FIELDS = {
     "ranks": "MPI ranks at the end",
     "ranks_lost": "ranks of the start that have died",
     "test_accuracy": "top-1 accuracy of the pruned model on the test images, after the last round",
-    "test_accuracy_mean_of_last_5": "mean of the last evaluations, five or as many as there were",
+    "test_accuracy_mean_of_last_5": (
+        "mean of the last five evaluations, without models that keep over 5 % more or fewer weights than the last"
+    ),
     "test_accuracy_spread_of_last_5": "the highest of these less the lowest",
-    "evaluations_in_mean": "how many they are",
+    "evaluations_in_mean": "how many they are; fewer than five in a short run",
     "server_remembers": "whether the server's memory W holds weights that the pruned model lacks (`server_memory: on`)",
     "dense_memory_accuracy": "accuracy of that memory W without the mask; the pruned model's where nothing is remembered",
     "sparsity": "share of zeros of the mask among the prunable weights; a weight inside the mask may be zero too",
@@ -60,7 +62,7 @@ def summarise(
     """
     last = history[-1]
     # The last rounds' mean goes beside the last value: one round's accuracy is noisy.
-    scored = [r["test_accuracy"] for r in history if r["test_accuracy"] is not None][-5:] or [accuracy]
+    scored = metrics.last_accuracies(history) or [accuracy]
     uploaded, dense = (sum(r[name] for r in history) for name in ("upload_bytes", "dense_bytes"))
     return {
         "rounds": last["round"],
@@ -69,7 +71,7 @@ def summarise(
         "test_accuracy": accuracy,
         "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
         "test_accuracy_spread_of_last_5": max(scored) - min(scored),
-        "evaluations_in_mean": len(scored),  # fewer than 5 of a short run
+        "evaluations_in_mean": len(scored),
         "server_remembers": built.method.memory(last["round"] - 1) == "on" and not bool(mask.all()),
         "dense_memory_accuracy": memory_accuracy,
         "sparsity": last["sparsity"],

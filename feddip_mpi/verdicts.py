@@ -73,11 +73,11 @@ def _warn(text: str) -> Verdict:
 
 def _launch(rows: Sequence[Row]) -> Iterator[Verdict]:
     launched, variable = rows[0]["launched"], rows[0]["launched_by"]
-    if len(rows) == 1 and launched > 1:
+    if len(rows) < launched:
+        believes = "each believes that it is alone and rank 0" if len(rows) == 1 else f"{len(rows)} believe to be all"
         yield _fail(
-            f"{launched} ranks were started ({variable}), but each believes that it is alone and rank 0: launcher and MPI "
-            "library do not fit together (PMI or PMIx); use the mpirun that belongs to the library above, or srun "
-            "--mpi=pmix (Open MPI), --mpi=pmi2 (MPICH)"
+            f"{launched} ranks were started ({variable}), but {believes}: launcher and MPI library do not fit together (PMI "
+            "or PMIx); use the mpirun that belongs to the library above, or srun --mpi=pmix (Open MPI), --mpi=pmi2 (MPICH)"
         )
 
 

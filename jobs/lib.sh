@@ -10,22 +10,26 @@
 #   LAUNCH_OPTIONS  more options of the launcher, an array
 #   SURVIVE         1: ranks that die do not end the run, the others go on (on_rank_failure); Open MPI >= 5, mpirun only
 #   RANKS           number of ranks; empty: as many as the allocation has tasks
-#   REQUEUE         1: after a stop that was saved the job is put back into the queue; 0: it just ends
+#   REQUEUE         1: after a stop that was saved (or where another job has RUN) the job is put back into the queue; 0: it just ends
 #   MODULES, VENV   modules to load and virtual environment to use; empty: as they are
 #   THREADS         OpenMP threads a rank                                                            (1)
 #
-# Outcomes: 0 RUN/finished.json exists; 75 stopped and saved, a later start goes on; others: failed, with a message. The
-# launcher's own exit code is not believed: mpirun ends with 0 when its daemons are killed, srun with 137 where MPICH's
-# ranks end with 75.
+# Outcomes: 0 RUN/finished.json exists; 75 stopped and saved, a later start goes on; 7 RUN is another job's, or a file server
+# keeps the lock of one whose node died: a later start may go on; others: failed, with a message. The launcher's own exit code
+# is not believed for an end: mpirun ends with 0 when its daemons are killed, srun with 137 where MPICH's ranks end with 75.
 #
 # There is no `set -e`: a signal makes `wait` fail, and that is not an error.
 
 set -uo pipefail
 
 JOB=${SLURM_JOB_ID:-${PBS_JOBID:-none}}
+# One task of an array has the id of the array itself, and squeue and scontrol would take it for all tasks.
+[[ -n ${SLURM_ARRAY_JOB_ID:-} ]] && JOB=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
 STOP=         # USR1, USR2 or TERM once this script has received it
 LAUNCHER_PID= # of the launcher that runs in the background
 LOG_BYTES=0   # of RUN/run.log when it was started
+LAST_START=   # what this job's last start found: a checkpoint, none or busy
+PATIENCE=30   # seconds that a launcher may stay when the run is over
 INTERRUPTED=  # 1: a signal has come since `wait` began
 
 say() { printf '[job %s] %s %s\n' "$JOB" "$(date '+%F %T')" "$*"; }
@@ -93,15 +97,14 @@ newest_checkpoint() {
 }
 
 # A job that starts by itself, requeued or as the next one of a chain, must have got somewhere since it last did, or it
-# would go round in circles with nobody looking. RUN.starts has a line a start: job, restarts, newest checkpoint; it lies
-# beside RUN because a new run's folder is empty.
+# would go round in circles with nobody looking. RUN.starts has a line a start: job, restarts, newest checkpoint (and one more
+# where another job had RUN: job, restarts, busy); it lies beside RUN because a new run's folder is empty.
 check_progress() {
-    local last
     if ((${SLURM_RESTART_COUNT:-0} == 0 && ${CHAIN_LINK:-1} == 1)) || [[ ! -e $RUN.starts ]]; then
         return
     fi
-    last=$(awk -v job="${CHAIN_PREVIOUS:-$JOB}" '$1 == job {found = $3} END {print found}' "$RUN.starts")
-    [[ $last != "$NEWEST" ]] ||
+    LAST_START=$(awk -v job="${CHAIN_PREVIOUS:-$JOB}" '$1 == job {found = $3} END {print found}' "$RUN.starts")
+    [[ $LAST_START != "$NEWEST" ]] ||
         die 1 "no progress: this start of $RUN and the last one found the same newest checkpoint ($NEWEST), so this is the" \
             "end. Allow more time, save more often (checkpoint.every, checkpoint.minutes), or look above for what" \
             "went wrong; submitting the job again tries again"
@@ -109,7 +112,7 @@ check_progress() {
 
 record_start() {
     mkdir -p "$(dirname "$RUN")"
-    printf '%s %s %s\n' "$JOB" "${SLURM_RESTART_COUNT:-0}" "$NEWEST" >>"$RUN.starts" ||
+    printf '%s %s %s\n' "$JOB" "${SLURM_RESTART_COUNT:-0}" "$1" >>"$RUN.starts" ||
         die 2 "RUN=$RUN: cannot write $RUN.starts"
 }
 
@@ -132,14 +135,20 @@ launcher_command() {
     command -v "${COMMAND[0]}" >/dev/null || die 2 "${COMMAND[0]}: not on PATH; load the MPI module, or set MODULES or VENV"
 }
 
-# mpirun may stay for ever after a death, though all ranks have ended: the marker says that nothing is left to wait for.
-end_after_marker() {
-    local pid=$1 patience=30
+# Is the run over, by its folder: finished, or its log says that this start stopped or failed?
+is_over() {
+    [[ -e $RUN/finished.json ]] ||
+        grep -qE ' rank 0 INFO (stopped|error): ' < <(tail -c "+$((LOG_BYTES + 1))" "$RUN/run.log" 2>/dev/null)
+}
+
+# mpirun may stay for ever after a death, though all ranks have ended: the folder says that nothing is left to wait for.
+end_when_over() {
+    local pid=$1 patience=$PATIENCE
     while kill -0 "$pid" 2>/dev/null && ((patience > 0)); do
-        [[ -e $RUN/finished.json ]] && ((patience -= 1))
+        is_over && ((patience -= 1))
         sleep 1
     done
-    ((patience > 0)) || { say "$RUN is finished, but $LAUNCHER has not ended: killed" && kill -KILL "$pid"; }
+    ((patience > 0)) || { say "the run of $RUN is over, but $LAUNCHER has not ended: killed" && kill -KILL "$pid"; }
 }
 
 # Runs a command in the background and sets CODE to its exit code. A signal ends `wait` early; asked again, bash still
@@ -148,7 +157,7 @@ wait_for() {
     "$@" &
     LAUNCHER_PID=$!
     if [[ ${SURVIVE:-0} == 1 ]]; then
-        end_after_marker "$LAUNCHER_PID" &
+        end_when_over "$LAUNCHER_PID" &
     fi
     [[ -n $STOP ]] && forward # it came before there was anything to pass it to
     while :; do
@@ -160,7 +169,8 @@ wait_for() {
     LAUNCHER_PID=
 }
 
-# After a stop that was saved: back into the queue, once, where that is wanted and the scheduler has not done it already.
+# After a stop that was saved, or where another job has RUN: back into the queue, once, where that is wanted and the scheduler
+# has not done it already.
 requeue() {
     if [[ ${REQUEUE:-0} != 1 || $STOP == USR2 || $STOP == TERM ]]; then
         return
@@ -190,7 +200,7 @@ run_job() {
     fi
     NEWEST=$(newest_checkpoint)
     check_progress
-    record_start
+    record_start "$NEWEST"
     launcher_command
     what=(train "$CONFIG" "$@" --out "$RUN")
     if [[ -e $RUN/config.yaml || $NEWEST != none ]]; then
@@ -211,6 +221,13 @@ run_job() {
         say "stopped${STOP:+ by $STOP} and saved: $after"
         requeue
         return 75
+    fi
+    if ((CODE == 7)); then
+        record_start busy
+        [[ $LAST_START != busy ]] || die 7 "$RUN is another job's, as at the last start (see above): this is the end"
+        say "$RUN is another job's, or its lock is not free yet (see above): the next start tries again"
+        requeue
+        return 7
     fi
     say "error: neither finished nor saved: $LAUNCHER ended with $CODE, the newest checkpoint is $after (before: $NEWEST)." \
         "What is above says why; submitting the job again goes on from that checkpoint" >&2

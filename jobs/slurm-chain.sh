@@ -73,7 +73,8 @@ trap '[[ -z $successor ]] || scancel "$successor"' EXIT # `die` also means that 
 prepare_environment
 run_job "$@"
 outcome=$?
-# Wrong input, a damaged file, divergence and ranks that disagree (2 to 5) repeat themselves; what else fails may not.
+# Wrong input, a damaged file, divergence and ranks that disagree (2 to 5) repeat themselves; what else fails may not, such as
+# a run folder whose lock a file server keeps for a node that died (7).
 if ((outcome == 0 || (outcome >= 2 && outcome <= 5))) || [[ $STOP == USR2 ]]; then # USR2: save, end, stay away
     exit "$outcome"
 fi

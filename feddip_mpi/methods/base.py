@@ -20,7 +20,7 @@ from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import Upload
 from feddip_mpi.errors import InputError
 from feddip_mpi.local import LocalHook, LocalRule, LocalTrainer
-from feddip_mpi.schedules import RoundPlan, participants
+from feddip_mpi.schedules import RoundPlan, last_mask_update, participants
 from feddip_mpi.server import Server, StepReport
 from feddip_mpi.settings import Config
 from feddip_mpi.streams import stream
@@ -100,8 +100,8 @@ class Method:
         self.config, self.layout = config, layout
         if not self.any_residual and config.upload.residual == "ef21":
             raise InputError(
-                f"upload.residual: got ef21, which method: {config.method} cannot use (its clients' masks differ, or weights that left the mask begin anew); allowed: "
-                "keep, decay, in_mask_only, drop"
+                f"upload.residual: got ef21, which method: {config.method} cannot use (its clients' masks differ, or "
+                "weights that left the mask begin anew); allowed: keep, decay, in_mask_only, drop"
             )
 
     @classmethod
@@ -295,9 +295,23 @@ class Method:
             remembered[ENTERED] = entered if plan.update_mask else memories[ENTERED]
         return after, report, remembered
 
+    def caution(self) -> str | None:
+        """What a run's log says before the run, where its configuration does what nobody wants."""
+        return None
+
     def facts(self, mask: Tensor) -> dict[str, object]:
         """What the run's summary says about the mask [P] besides its sparsity, in JSON values."""
         return {}
+
+
+def untrained_at_the_end(config: Config) -> str | None:
+    """Of a method whose weights enter at zero, where the last mask update ends the last round."""
+    if last_mask_update(config.rounds, config.mask.freeze_after) < config.rounds:
+        return None
+    return (
+        f"mask.freeze_after={config.mask.freeze_after:g}: the last mask update ends the last round, and what enters the mask "
+        "in it is zero in the final model; a smaller share leaves rounds to train it"
+    )
 
 
 def checked_memories(memories: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from feddip_mpi import masks
 from feddip_mpi.codec import Upload
 from feddip_mpi.local import LocalHook
-from feddip_mpi.methods.base import Seen
+from feddip_mpi.methods.base import Seen, untrained_at_the_end
 from feddip_mpi.methods.exchanging import Exchanging, exchangeable
 from feddip_mpi.schedules import RoundPlan, last_mask_update
 from feddip_mpi.settings import Config
@@ -28,6 +28,9 @@ class FedRTS(Exchanging):
     @classmethod
     def first_share(cls, config: Config) -> float:
         return config.fedrts.adjust
+
+    def caution(self) -> str | None:
+        return untrained_at_the_end(self.config)
 
     def first_memories(self, weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Nothing is known: Beta(1, 1) is the uniform distribution."""

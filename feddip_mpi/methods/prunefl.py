@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from feddip_mpi import masks, server
 from feddip_mpi.codec import Upload
 from feddip_mpi.local import LocalHook, LocalTrainer
-from feddip_mpi.methods.base import Method, Opening, Seen
+from feddip_mpi.methods.base import Method, Opening, Seen, untrained_at_the_end
 from feddip_mpi.models import work
 from feddip_mpi.schedules import RoundPlan
 from feddip_mpi.settings import Config
@@ -46,6 +46,9 @@ class PruneFL(Method):
     @classmethod
     def counts_are_known(cls, config: Config) -> bool:
         return config.prunefl.size == "sparsity"
+
+    def caution(self) -> str | None:
+        return untrained_at_the_end(self.config)
 
     def opening(self) -> Opening | None:
         c = self.config

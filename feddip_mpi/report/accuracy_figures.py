@@ -1,7 +1,7 @@
 """Accuracy against what it costs: the figures that a paper takes from a report.
 
-Accuracy is the mean of a run's last five evaluations; of non-IID clients a single one swings by points. A method that
-is far below the others stands at the foot of its panel with its number, and does not stretch the scale.
+Accuracy is the mean of a run's last evaluations, up to five, at its last sparsity; of non-IID clients a single one swings by
+points. A method that is far below the others stands at the foot of its panel with its number, and does not stretch the scale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Cost = Callable[[Group], Spread]
 
 
 def accuracy(group: Group) -> Spread:
-    """The mean of the last five evaluations, over the seeds."""
+    """The mean of the last evaluations (`metrics.last_accuracies`), over the seeds."""
     return Spread.of(run.summary["test_accuracy_mean_of_last_5"] for run in group.runs)
 
 
@@ -76,7 +76,7 @@ def overview(settings: Mapping[str, Sequence[Group]], look: Look) -> Picture | N
         _against_sparsity(right, groups, look, levels, scale)
         right.tick_params(labelleft=False)
         left.set_title(summaries.capital(name), fontsize=10)
-        left.set_ylabel("accuracy", fontsize=9)
+        left.set_ylabel("accuracy,\nmean of the last evaluations", fontsize=9)
     found = [uploads(group).mean for group in every]
     drawing.few_log_ticks(panels[0], min(found), max(found))
     for panel in panels[:-2]:
@@ -85,7 +85,8 @@ def overview(settings: Mapping[str, Sequence[Group]], look: Look) -> Picture | N
     names = [plots._clip(str(key.get_label()), 26) for key in keys]
     figure.subfigs[0].legend(keys, names, loc="outside right upper", fontsize=8.5)
     told = " ".join(
-        f"{name}: " + drawing.told(groups, accuracy, lambda group: f" for {terminal.size(uploads(group).mean)}")
+        f"{summaries.capital(name)}: "
+        + drawing.told(groups, accuracy, lambda group: f" for {terminal.size(uploads(group).mean)}")
         for name, groups in settings.items()
     )
     return Picture("overview", "Accuracy against bytes and against sparsity", told, figure, tuple(every))
@@ -129,7 +130,7 @@ def accuracy_by_seconds(groups: Sequence[Group], look: Look) -> Picture | None:
     told = drawing.told(alike, accuracy, lambda group: f" in {seconds(group).mean:.3g} s")
     if len(alike) < len(groups):
         told += (
-            f" Left out, because they ran on other hardware: {', '.join(g.title for g in groups if g not in alike)}."
+            f" Left out, because they ran on other hardware: {', '.join(g.shown for g in groups if g not in alike)}."
         )
     return Picture("accuracy-by-seconds", "Accuracy against seconds", told, figure, tuple(alike))
 
@@ -155,7 +156,8 @@ def accuracy_by_method(groups: Sequence[Group], look: Look) -> Picture | None:
     panels[0].set_xlim(low, high)
     panels[0].set_yticks(range(len(ranked)), [group.name for group in ranked], fontsize=8)
     panels[0].set_ylim(len(ranked) - 0.4, -0.6)
-    drawing.say_below(figure, f"{_WHAT}; grey: dense")
+    dense = [group.name for group in groups if not group.prunes]
+    drawing.say_below(figure, _WHAT + (f"; dashed: {', '.join(dense)} (dense)" if dense else ""))
     told = drawing.told(groups, accuracy)
     return Picture("accuracy-by-method", "Accuracy by method", told, figure, tuple(groups))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from feddip_mpi.report import plots
+from feddip_mpi.report import plots, tables, terminal
 from feddip_mpi.report.plots import BLUE, GREEN, GREY, VERMILION
 from feddip_mpi.report.summaries import Group, Spread
 
@@ -157,20 +157,23 @@ def finish(picture: Picture, level: str, footer: Callable[[Sequence[Group]], str
     return Picture(name, title, f"{title}. {picture.alternative}", whole, picture.groups)
 
 
-def legend_below(figure: Figure, panel: Axes, columns: int = 3) -> None:
+def legend_below(figure: Figure, panel: Axes, columns: int = 3, title: str | None = None) -> None:
     """The panel's labels at the foot of the panels."""
     handles, labels = panel.get_legend_handles_labels()
-    keys_below(figure, list(zip(handles, labels, strict=True)), columns)
+    keys_below(figure, list(zip(handles, labels, strict=True)), columns, title)
 
 
-def keys_below(figure: Figure, keys: Sequence[tuple[Any, str]], columns: int = 3) -> None:
-    """Keys and their names at the foot of the panels."""
+def keys_below(figure: Figure, keys: Sequence[tuple[Any, str]], columns: int = 3, title: str | None = None) -> None:
+    """Keys and their names at the foot of the panels, under a line that says something of all of them."""
     if keys:
         shown = [plots._clip(label, 44) for _, label in keys]
         columns = max(1, min(columns, 100 // (8 + max(map(len, shown)))))
-        rows = -(-len(shown) // columns)
+        rows = -(-len(shown) // columns) + (title is not None)
         figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))  # the panels keep their height
-        figure.subfigs[0].legend([key for key, _ in keys], shown, loc="outside lower left", ncols=columns, fontsize=8)
+        figure.subfigs[0].legend(
+            [key for key, _ in keys], shown, loc="outside lower left", ncols=columns, fontsize=8, title=title,
+            title_fontsize=8, alignment="left",
+        )  # fmt: skip
 
 
 def say_below(figure: Figure, text: str) -> None:
@@ -178,14 +181,9 @@ def say_below(figure: Figure, text: str) -> None:
     figure.subfigs[0].supxlabel(text, x=0.01, ha="left", fontsize=8)
 
 
-def spread_text(value: Spread, digits: int = 3) -> str:
-    """`mean (lowest to highest)`."""
-    return f"{value.mean:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
-
-
 def told(groups: Sequence[Group], value: Callable[[Group], Spread], more: Callable[[Group], str] = lambda _: "") -> str:
     """A number of each group in words."""
-    return "; ".join(f"{group.title}: {spread_text(value(group))}{more(group)}" for group in groups) + "."
+    return "; ".join(f"{group.shown}: {tables.spread_text(value(group), 3)}{more(group)}" for group in groups) + "."
 
 
 def by_label(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
@@ -262,8 +260,8 @@ def footer_of(letters: Mapping[Any, str]) -> Callable[[Sequence[Group]], str]:
         places = sorted({run.path.parent.name for run in runs} - {""})  # a stored run has no folder any more
         where = f" in {', '.join(places)}" if places else ""
         lines = [
-            f"{len(runs)} run{'s' * (len(runs) != 1)}{where}; seed{'s' * (len(seeds) != 1)} "
-            f"{', '.join(map(str, seeds))}; {SPREAD}",
+            f"{terminal.counted(len(runs), 'run')}{where}; seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
+            + (f"; {SPREAD}" if any(len(group.runs) > 1 for group in groups) else ""),
             " | ".join(versions),
             f"hardware {named}",
         ]

@@ -79,15 +79,13 @@ def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
         return None
     yardstick = summaries.by_round(dense, "test_accuracy") if dense is not None else np.zeros((0, 4))
     figure, panels = drawing.small_panels(len(curves), 1.25)
-    # The first tenth of the rounds, in which everybody climbs, and methods that never do, do not set the scale.
-    settled = [table[table[:, 0] >= 0.1 * table[-1, 0], 1] for _, table in [*curves, (dense, yardstick)] if len(table)]
-    low, high = drawing.whole_scale(np.concatenate(settled))
+    low, high = _scale_of_curves([table for _, table in [*curves, (dense, yardstick)] if len(table)])
     for panel, (group, table) in zip(panels, curves, strict=True):
         _named(panel, group)
         if len(yardstick) and group is not dense:
             panel.plot(yardstick[:, 0], yardstick[:, 1], color=DENSE_GREY, linewidth=0.9)
         drawing.band(panel, table, look.colour(group.label), marker="")
-        ending = f"{accuracy(group).mean:.3f}"
+        ending = f"{summaries.last_evaluations([group]).removesuffix(' evaluations')}: {accuracy(group).mean:.3f}"
         if table[:, 1].max() < low:
             ending += " ↓"  # the whole curve is below the scale
         panel.text(
@@ -100,9 +98,20 @@ def accuracy_by_round(groups: Sequence[Group], look: Look) -> Picture | None:
     figure.subfigs[0].supylabel("accuracy", fontsize=9)
     grey = f" Grey: {dense.name}." if dense is not None and len(curves) > 1 else ""
     drawing.say_below(figure, f"Numbers: mean of the last evaluations.{grey}")
-    ends = "; ".join(f"{group.title}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}" for group, table in curves)
+    ends = "; ".join(f"{group.shown}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}" for group, table in curves)
     of_whom = (*([dense] if dense is not None and dense not in shown else []), *(group for group, _ in curves))
     return Picture("accuracy-by-round", "Accuracy by round", f"{ends}.{grey}", figure, of_whom)
+
+
+def _scale_of_curves(tables: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Ends of the axis that show every seed of `summaries.by_round`'s tables.
+
+    The first tenth of the rounds, in which everybody climbs, and methods that never do, do not set it.
+    """
+    settled = np.concatenate([table[table[:, 0] >= 0.1 * table[-1, 0]] for table in tables])
+    low, high = drawing.whole_scale(settled[:, 1])
+    shown = settled[settled[:, 1] >= low]
+    return min(low, float(shown[:, 2].min())), max(high, float(shown[:, 3].max()))
 
 
 def _named(panel: Axes, group: Group) -> None:
@@ -125,7 +134,7 @@ def penalty(groups: Sequence[Group], look: Look) -> Picture | None:
         table = summaries.by_round(members[0], "penalty")
         name = ", ".join(group.name for group in members)
         drawing.band(panel, table, look.colour(members[0].label), name, drawstyle="steps-post")
-        told.append(f"{', '.join(g.title for g in members)}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
+        told.append(f"{', '.join(g.shown for g in members)}: from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
     drawing.rounds_below(panel, groups)
     panel.set(xlabel="round", ylabel="penalty λ")
     drawing.legend_below(figure, panel)
@@ -153,7 +162,7 @@ def sparsity_by_layer(groups: Sequence[Group], look: Look) -> Picture | None:
     if len(names) <= _LEGEND_LAYERS:
         drawing.legend_below(figure, panels[0], 4)
     ends = "; ".join(
-        f"{group.label}: " + ", ".join(f"{name} {table[-1, 1]:.3f}" for name, table in summaries.layers(group).items())
+        f"{group.shown}: " + ", ".join(f"{name} {table[-1, 1]:.3f}" for name, table in summaries.layers(group).items())
         for group in pruning
     )
     order = "" if len(names) <= _LEGEND_LAYERS else f" {len(names)} tensors, dark is the first, bright the last."
@@ -171,21 +180,32 @@ def mask_churn(groups: Sequence[Group], look: Look) -> Picture | None:
     told = []
     for panel, group in zip(panels, renewed, strict=True):
         _named(panel, group)
+        sums = []
         for name, what, colour in (("mask_pruned", "pruned", VERMILION), ("mask_grown", "grown", GREEN)):
             table = summaries.by_round(group, lambda row, name=name: row.get(name) if row.get("mask_updated") else None)  # type: ignore[misc]
             if len(table):
                 drawing.band(panel, table, colour, what)
-                told.append(f"{group.title}: {table[:, 1].sum():,.0f} {what}")
+                sums.append(f"{table[:, 1].sum():,.0f} {what}")
+        told.append(f"{group.shown} {', '.join(sums)}")
         drawing.rounds_below(panel, renewed, 5)
     _symmetric_log(panels[0], 10)
-    figure.subfigs[0].supylabel("weights (linear up to 10)", fontsize=9)
-    drawing.legend_below(figure, panels[0])
-    return Picture("mask-churn", "Mask churn at each update", f"In all {'; '.join(told)}.", figure, tuple(renewed))
+    figure.subfigs[0].supylabel("weights", fontsize=9)
+    drawing.legend_below(figure, panels[0], title="scale: logarithmic, linear up to 10")
+    return Picture(
+        "mask-churn",
+        "Mask churn at each update",
+        f"Weights at all updates together: {'; '.join(told)}.",
+        figure,
+        tuple(renewed),
+    )
 
 
 def pruning_error(groups: Sequence[Group], look: Look) -> Picture | None:
     """The two quantities of the convergence analysis, a panel a method: the scale is logarithmic above 0.01."""
-    names = (("update_norm", "norm of the mean update", BLUE), ("pruning_error", "pruning error", VERMILION))
+    names = (
+        ("update_norm", "norm of the mean update", BLUE),
+        ("pruning_error", "pruning error (share of the squared norm)", VERMILION),
+    )
     tables = {(group, name): summaries.by_round(group, name) for group in groups for name, _, _ in names}
     if not any(len(table) and table[:, 1].any() for table in tables.values()):
         return None
@@ -197,12 +217,12 @@ def pruning_error(groups: Sequence[Group], look: Look) -> Picture | None:
             table = tables[group, name]
             if len(table) and (table[:, 1].any() or group.prunes):
                 drawing.band(panel, table, colour, what, marker="", linewidth=1.1)
-                told.append(f"{group.title}: {what} from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
+                told.append(f"{group.shown}: {what} from {table[0, 1]:.3g} to {table[-1, 1]:.3g}")
         drawing.rounds_below(panel, groups, 5)
     _symmetric_log(panels[0], 0.01)
-    figure.subfigs[0].supylabel("linear up to 0.01", fontsize=9)
     keys = {label: key for panel in panels for key, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    drawing.keys_below(figure, [(key, label) for label, key in keys.items()])
+    title = "scale: logarithmic, linear up to 0.01"
+    drawing.keys_below(figure, [(key, label) for label, key in keys.items()], title=title)
     return Picture("pruning-error", "Pruning error and update norm", f"{'; '.join(told)}.", figure, tuple(groups))
 
 
@@ -210,7 +230,7 @@ def _symmetric_log(panel: Axes, linear: float) -> None:
     """From 0 up: linear to `linear`, then logarithmic."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    panel.set_yscale("symlog", linthresh=linear, linscale=0.5)
+    panel.set_yscale("symlog", linthresh=linear, linscale=1.0)
     top = max(10 * linear, 1.5 * panel.get_ylim()[1])  # room for the highest mark
     panel.set_ylim(0, top)
     powers = [linear * 10**n for n in range(12) if linear * 10**n <= top]
@@ -236,9 +256,12 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     left.set_xscale("log")
     drawing.few_log_ticks(left, sums.min(), sums.max(), most=20)
     left.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    left.set_xlabel("all bytes of the run", fontsize=9)
     names = [name for name in summaries.BYTE_KINDS if any(kinds[name] for kinds in found)]
     labels = [name.removesuffix("_bytes").replace("_", " ") for name in names]
+    uploads_alone = all(name.startswith("upload_") for name in names)
+    left.set_xlabel(
+        "uploaded in all rounds" if uploads_alone else "uploads, sums handed on, residuals moved", fontsize=9
+    )
     _stack(
         right,
         places,
@@ -248,10 +271,12 @@ def bytes_by_kind(groups: Sequence[Group], look: Look) -> Picture | None:
     right.set_xlabel("of these, %", fontsize=9)
     drawing.legend_below(figure, right, 4)
     told = "; ".join(
-        f"{group.title}: "
+        f"{group.shown}: "
         + ", ".join(f"{label} {terminal.size(kinds[n])}" for n, label in zip(names, labels, strict=True))
         for group, kinds in zip(groups, found, strict=True)
     )
+    control = summaries.totals(groups[0], ["control_bytes"])["control_bytes"]
+    told += f". Besides, not drawn, the ranks' control messages, {terminal.size(control)} with {groups[0].shown}"
     return Picture("bytes-by-kind", "Bytes by kind and phase", f"{told}.", figure, tuple(groups))
 
 
@@ -268,7 +293,7 @@ def time_by_phase(groups: Sequence[Group], look: Look) -> Picture | None:
     panel.set_xlabel("seconds a round, slowest rank of each phase", fontsize=9)
     drawing.legend_below(figure, panel, 5)
     told = "; ".join(
-        f"{group.title}: " + ", ".join(f"{phase} {seconds[phase]:.3f} s" for phase in phases)
+        f"{group.shown}: " + ", ".join(f"{phase} {seconds[phase]:.3f} s" for phase in phases)
         for group, seconds in zip(alike, found, strict=True)
     )
     return Picture("time-by-phase", "Time by phase", f"{told}.", figure, tuple(alike))
@@ -296,7 +321,7 @@ def memory(groups: Sequence[Group], look: Look) -> Picture | None:
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("peak memory, all ranks together", fontsize=9)
     drawing.legend_below(figure, panel)
-    told = "; ".join(f"{g.title}: {', '.join(terminal.size(summaries.peak(g, n).mean) for n in names)}" for g in groups)
+    told = "; ".join(f"{g.shown}: {', '.join(terminal.size(summaries.peak(g, n).mean) for n in names)}" for g in groups)
     return Picture("memory", "Peak memory", f"{told}.", figure, tuple(groups))
 
 
@@ -324,7 +349,7 @@ def client_accuracy(groups: Sequence[Group], look: Look) -> Picture | None:
             panel.text(low, place, f"◂ median {np.median(values):.3f}", fontsize=7, va="center")
     panel.set_xlabel("accuracy on each client's own test images", fontsize=9)
     told = "; ".join(
-        f"{group.title}: lowest {values[0]:.3f}, median {np.median(values):.3f}, highest {values[-1]:.3f}"
+        f"{group.shown}: lowest {values[0]:.3f}, median {np.median(values):.3f}, highest {values[-1]:.3f}"
         for group, values in found
     )
     text = f"Boxes hold the middle half of the clients of all seeds, whiskers all. {told}."

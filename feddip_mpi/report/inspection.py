@@ -22,7 +22,12 @@ def describe(path: Path) -> dict[str, Any]:
         DamagedFileError: none can be read.
     """
     loaded, refused = checkpoint.find(path)
-    residuals = checkpoint.residual_bytes(loaded.path)
+    try:
+        residuals, file_bytes = checkpoint.residual_bytes(loaded.path), loaded.path.stat().st_size
+    except (FeddipError, OSError):
+        if loaded.path == path or not _is_gone(loaded.path):
+            raise
+        return describe(path)  # of a running job, which has newer ones by now
     last = loaded.history[-1] if loaded.history else {}
     return {
         "checkpoint": str(loaded.path),
@@ -49,7 +54,7 @@ def describe(path: Path) -> dict[str, Any]:
         "values": loaded.server.weights.numel(),
         "prunable": loaded.server.mask.numel(),
         "kept": int(loaded.server.mask.sum()),
-        "file_bytes": loaded.path.stat().st_size,
+        "file_bytes": file_bytes,
         "dense_bytes": 4 * loaded.server.weights.numel(),
         "pruned_bytes": _pruned_bytes(loaded),
         "residual_clients": list(residuals),
@@ -131,6 +136,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def verify(paths: Sequence[str]) -> int:
     """Read every byte of checkpoints and of the checkpoints in run folders; one line a file on stdout.
 
+    Files of a running job's folder that it deletes meanwhile are passed over.
+
     Returns:
         How many files were read and found whole.
 
@@ -146,12 +153,13 @@ def verify(paths: Sequence[str]) -> int:
                 raise error
             datasets, attributes = checkpoint.verify(path)
         except FeddipError as caught:
+            if path not in map(Path, paths) and _is_gone(path):
+                continue
             problems.append(caught)
             terminal.say(f"{'DAMAGED' if isinstance(caught, DamagedFileError) else 'REFUSED'}  {caught}")
         else:
             whole += 1
-            size = terminal.size(path.stat().st_size)
-            terminal.say(f"OK       {path}: round {attributes['round']}, {datasets} datasets, {size}")
+            terminal.say(f"OK       {path}: round {attributes['round']}, {datasets} datasets{_size(path)}")
     damaged = sum(isinstance(problem, DamagedFileError) for problem in problems)
     if damaged:
         raise DamagedFileError(
@@ -160,6 +168,18 @@ def verify(paths: Sequence[str]) -> int:
     if problems:
         raise InputError(f"{len(problems)} of {whole + len(problems)} cannot be checked, see above")
     return whole
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether a file that was listed is not listed any more; a file system that answers with errors has not lost it."""
+    return path not in checkpoint.listed(path.parent)
+
+
+def _size(path: Path) -> str:
+    try:
+        return f", {terminal.size(path.stat().st_size)}"
+    except FileNotFoundError:  # deleted since it was read
+        return ""
 
 
 def _files(paths: Sequence[str]) -> list[tuple[Path, InputError | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from feddip_mpi.report.runs import Found, Hardware
 from feddip_mpi.report.summaries import Group
 
 PAGE = "report.html"
+_MOST_NAMED = 10  # runs, on the terminal
 _MARK = "feddip-mpi report"  # in every page of ours: such a folder may be written again
 
 
@@ -46,6 +48,7 @@ def report(paths: Sequence[str], out: str) -> None:
     found = runs.find([Path(path) for path in paths])
     made = summaries.groups(found.runs)
     letters = summaries.hardware_letters(found.runs)
+    gone = _earlier(folder) - {str(run.path) for run in found.runs}
     try:
         _clear(folder)
         overviews = _overviews(made, letters, folder)
@@ -59,6 +62,9 @@ def report(paths: Sequence[str], out: str) -> None:
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error}); name a folder you may write to") from None
     _say(found, made, letters, folder)
+    if gone:
+        shown = ", ".join(sorted(gone)[:_MOST_NAMED]) + (", ..." if len(gone) > _MOST_NAMED else "")
+        terminal.note(f"replaced: the report that was in {folder}; of its runs these are not in the new one: {shown}")
 
 
 def _templates() -> Any:
@@ -85,6 +91,15 @@ def _require_free(folder: Path) -> None:
         raise InputError(
             f"--out {folder}: holds files that are no report; name a new folder, or that of an earlier report"
         )
+
+
+def _earlier(folder: Path) -> set[str]:
+    """The runs of the report that is in a folder; none where there is none, or its table cannot be read."""
+    try:
+        with open(folder / "tables" / "runs.csv", encoding="utf-8", newline="") as file:
+            return {row["run"] for row in csv.DictReader(file) if row.get("run")}
+    except (OSError, ValueError, csv.Error):
+        return set()
 
 
 def _clear(folder: Path) -> None:
@@ -134,10 +149,11 @@ def _section(
     lines = summaries.lines(members)
     return {
         "id": f"setting-{number}",
-        "title": setting,
+        "title": members[0].heading,
         "rows": [tables.display_cells(line, letters) for line in lines],
         "last": summaries.last_evaluations(members),
-        "against": lines[0].against.title if lines[0].against else None,
+        "against": lines[0].against.shown if lines[0].against else None,
+        "unequal": summaries.unequal_text(members),
         "mixed": len({kind for group in members for kind in group.hardware}) > 1,
         "figures": drawn,
         "no_clients": members[0].config.data.partition != "iid"
@@ -152,7 +168,7 @@ def _save(picture: Picture, name: str, letters: Mapping[Hardware, str], folder: 
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of the PNG's header
     members = [run for group in picture.groups for run in group.runs]
     caption = {
-        "groups": [(group.title, [(run.config.seed, run.name) for run in group.runs]) for group in picture.groups],
+        "groups": [(group.shown, [(run.config.seed, run.name) for run in group.runs]) for group in picture.groups],
         "versions": sorted({run.versions for run in members}),
         "hardware": [f"{letters[kind]}: {kind}" for kind in sorted({run.hardware for run in members})],
         "seeds": ", ".join(map(str, sorted({run.config.seed for run in members}))),
@@ -176,10 +192,16 @@ def _write_tables(made: Sequence[Group], found: Found, letters: Mapping[Hardware
     families = summaries.families(made).items()
     hdf5.write_text(place / "summary.md", "\n".join(tables.to_markdown(name, family) for name, family in families))
     hdf5.write_text(place / "runs.csv", tables.to_csv(tables.run_rows(found.runs, letters)))
-    hdf5.write_text(place / "rounds.csv", tables.to_csv(tables.round_rows(made)))
-    if found.left_out:
-        rows = [{"folder": str(item.path), "reason": item.reason} for item in found.left_out]
-        hdf5.write_text(place / "left-out.csv", tables.to_csv(rows))
+    more = {
+        "rounds": tables.round_rows(made),
+        "layers": tables.layer_rows(made),
+        "clients": tables.client_rows(made),
+        "partition": tables.partition_rows(made),
+        "left-out": [{"folder": str(item.path), "reason": item.reason} for item in found.left_out],
+    }
+    for name, rows in more.items():
+        if rows:
+            hdf5.write_text(place / f"{name}.csv", tables.to_csv(rows))
 
 
 def _values(
@@ -193,7 +215,8 @@ def _values(
         "mark": _MARK,
         "version": __version__,
         "written": time.strftime("%Y-%m-%d %H:%M %z"),
-        "spread_text": drawing.SPREAD,
+        "spread_text": drawing.SPREAD if any(len(group.runs) > 1 for group in made) else "",
+        "as_sparse": summaries.AS_SPARSE,
         "warnings": summaries.warnings(made, letters),
         "overviews": overviews,
         "sections": sections,
@@ -203,8 +226,8 @@ def _values(
         "runs": [
             {
                 "name": run.name,
-                "label": run.label,
-                "setting": summaries.partition_of(run.config),
+                "label": summaries.name_of(run.label),
+                "setting": summaries.capital(summaries.partition_of(run.config)),
                 "seed": run.config.seed,
                 "sparsity": f"{run.records[-1]['sparsity']:.4f}",
                 "accuracy": f"{run.summary['test_accuracy']:.4f}",
@@ -224,6 +247,7 @@ def _say(found: Found, made: Sequence[Group], letters: Mapping[Hardware, str], f
     for item in found.left_out:
         terminal.note(f"left out: {item.path}: {item.reason}")
     terminal.say(
-        f"{len(found.runs)} runs in {len(made)} groups, {len(found.left_out)} folders left out\n"
+        f"{terminal.counted(len(found.runs), 'run')} in {terminal.counted(len(made), 'group')}, "
+        f"{terminal.counted(len(found.left_out), 'folder')} left out\n"
         f"written: {folder / PAGE}, {folder}/figures, {folder}/tables"
     )

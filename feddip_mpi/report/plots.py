@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feddip_mpi.errors import InputError
+from feddip_mpi.report import terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,13 +56,12 @@ _MARKERS_UP_TO = 40  # points; beyond, markers would merge into a thick line
 
 
 def run_figure(records: Sequence[Row], title: str, path: PathLike) -> None:
-    """Draw a run: test accuracy, sparsity, penalty and learning rate, bytes sent, all by round.
+    """Draw a run: test accuracy, sparsity, penalty and learning rate, bytes uploaded, all by round.
 
     Args:
         records: one mapping a finished round (the lines of metrics.jsonl). Read are `round` (from 1), `test_accuracy`
-            and `sparsity`, `sparsity_asked` (all in [0, 1]), `penalty`, `learning_rate`, `wire_bytes` (handed to MPI by
-            all ranks in this round, by a single rank too) and `dense_bytes`; a value that is absent or None leaves a
-            point out.
+            and `sparsity`, `sparsity_asked` (all in [0, 1]), `penalty`, `learning_rate`, `upload_bytes` and `dense_bytes` (of
+            all participants in this round); a value that is absent or None leaves a point out.
         title: stands above the four panels.
         path: where to write it.
 
@@ -123,7 +123,7 @@ def draw_run(records: Sequence[Row], title: str) -> Figure:
     _draw_accuracy(panels[0], records)
     _draw_sparsity(panels[1], records)
     _draw_penalty_and_rate(panels[2], records)
-    _draw_bytes(panels[3], records, "wire_bytes", "Bytes handed to MPI")
+    _draw_bytes(panels[3], records, "upload_bytes", "Bytes uploaded")
     return figure
 
 
@@ -171,7 +171,7 @@ def draw_exchange(result: Mapping[str, Any]) -> Figure:
 
     cases = result["cases"]
     figure = Figure(figsize=(13, 3.2 + max(2.0, 0.45 * len(cases))), dpi=150, layout="constrained")
-    clients, ranks, nodes = (_counted(result[f"{name}s"], name) for name in ("client", "rank", "node"))
+    clients, ranks, nodes = (terminal.counted(result[f"{name}s"], name) for name in ("client", "rank", "node"))
     figure.suptitle(f"Exchange of {result['size']:,} weights, {clients} on {ranks} ({nodes})", fontsize=13)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1))
     _draw_cases(left, cases)
@@ -248,10 +248,6 @@ def _plain_log(axis: Any) -> None:
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}{'s' * (number != 1)}"
 
 
 def _short(value: float | str | None, before: str = "") -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from feddip_mpi import config, metrics, run_folder
+from feddip_mpi import config, identity, metrics, run_folder
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
@@ -51,7 +51,7 @@ class Run:
     Attributes:
         name: of its folder.
         records: a mapping a round, all rounds from 1 to the last.
-        summary: its finished.json.
+        summary: its finished.json, with the mean of the last evaluations as `metrics.last_accuracies` has them.
         label: what a sweep calls its method; else the method's name.
         histogram: int64 [clients, classes], training images; None where no checkpoint could be read.
         class_names: one a class, or none.
@@ -169,9 +169,7 @@ def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:
         raise FeddipError(f"damaged, or of another version: {' '.join(str(error).split())}") from None
     records = _records(folder)
     if not folder.finished.is_file():
-        holder = run_folder.holder(folder)
-        state = f"at work: {holder}" if holder else "`feddip-mpi resume` goes on"
-        raise FeddipError(f"unfinished: {len(records)} of {settings.rounds} rounds ({state})")
+        raise FeddipError(_unfinished(folder, f"{len(records)} of {settings.rounds} rounds"))
     summary = _summary(folder)
     rounds = [row.get("round") for row in records]
     if summary["rounds"] != len(rounds) or rounds != list(range(1, len(rounds) + 1)):
@@ -180,11 +178,21 @@ def load(path: Path, partitions: dict[str, Partition] | None = None) -> Run:
         raise FeddipError(f"damaged, or of another version: metrics.jsonl lacks {', '.join(missing)}")
     if wrong := sorted({name for row in records for name in metrics.misfits(row)}):
         raise FeddipError(f"damaged: metrics.jsonl has something else than finite numbers as {', '.join(wrong)}")
+    summary |= _last_mean(records)
     histogram, names, remark = _partition(folder, settings, {} if partitions is None else partitions)
     return Run(
         path, settings, records, summary, _hardware(folder, records, summary), _label(path, settings), histogram, names,
         (remark,) if remark else (),
     )  # fmt: skip
+
+
+def _unfinished(folder: RunFolder, done: str) -> str:
+    """What is the matter with a run that has no finished.json."""
+    if (holder := run_folder.holder(folder)) is not None:
+        return f"unfinished: {done} (at work: {holder})"
+    if (error := run_folder.failure(folder)) is not None:
+        return f"failed after {done}: {error}"
+    return f"unfinished: {done} (`feddip-mpi resume` goes on)"
 
 
 def _records(folder: RunFolder) -> list[metrics.Record]:
@@ -214,6 +222,12 @@ def _summary(folder: RunFolder) -> dict[str, Any]:
     return summary
 
 
+def _last_mean(records: Sequence[Row]) -> dict[str, Any]:
+    """The mean of the last evaluations as this program takes it: a summary of an older version may have another one."""
+    last = metrics.last_accuracies(records)
+    return {"test_accuracy_mean_of_last_5": sum(last) / len(last), "evaluations_in_mean": len(last)} if last else {}
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -223,7 +237,7 @@ def _hardware(folder: RunFolder, records: Sequence[Row], summary: Row) -> Hardwa
     told = summary.get("hardware") or {}
     pairs = {(str(told.get("processor", "")), str(told.get("cores", "?")))}
     with contextlib.suppress(OSError):
-        pairs |= set(_LOGGED.findall(folder.path.joinpath("run.log").read_text(encoding="utf-8", errors="replace")))
+        pairs |= set(_LOGGED.findall(folder.log.read_text(encoding="utf-8", errors="replace")))
     device = str(summary.get("device") or ("GPU" if any(row.get("device_memory_bytes") for row in records) else "CPU"))
     ranks = sorted({int(row["ranks"]) for row in records if row.get("ranks")})
     return Hardware(
@@ -260,15 +274,18 @@ def _leave_out_twins(found: Found) -> None:
     first: dict[str, Run] = {}
     kept = []
     for run in found.runs:
-        key = json.dumps(identity(run.config), sort_keys=True)
+        key = json.dumps(identity.of(run.config), sort_keys=True)
         if key in first:
-            found.left_out.append(LeftOut(run.path, f"the same configuration and seed as {first[key].path}"))
+            found.left_out.append(LeftOut(run.path, _same_as(first[key], run)))
         else:
             first[key] = run
             kept.append(run)
     found.runs = kept
 
 
-def identity(settings: Config) -> dict[str, Any]:
-    """What makes two runs the same experiment: all keys but those that change neither a bit nor a measurement."""
-    return {key: value for key, value in config.flat(settings).items() if not config.is_without_meaning(key, settings)}
+def _same_as(first: Run, run: Run) -> str:
+    """Why a run is no further sample, with the keys that differ and that its method does not look at."""
+    one, other = config.flat(first.config), config.flat(run.config)
+    unread = [key for key in one if one[key] != other[key] and key not in identity.what_it_reads(run.config)]
+    beside = f", but for what {run.config.method} does not look at ({', '.join(unread)})" if unread else ""
+    return f"the same configuration and seed as {first.path}{beside}"

@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from feddip_mpi import config, metrics
-from feddip_mpi.report.runs import Hardware, Row, Run, identity
-from feddip_mpi.settings import Config
+from feddip_mpi import config, identity, metrics
+from feddip_mpi.report import terminal
+from feddip_mpi.report.runs import Hardware, Row, Run
+from feddip_mpi.settings import METHODS, Config
 
-# Disjoint.
+# Disjoint; the uploads are what `upload_bytes` adds up. Control messages are no kind of these: they go
+# with the ranks and not with the method, and a single rank counts them too.
 BYTE_KINDS = (
     "upload_values_bytes", "upload_indices_bytes", "upload_other_bytes", "upload_frame_bytes", "upload_extra_bytes",
     "download_values_bytes", "download_indices_bytes", "download_other_bytes", "download_frame_bytes", "residual_bytes",
-    "control_bytes",
 )  # fmt: skip
 PHASES = (
     "train",
@@ -104,6 +105,12 @@ class Group:
         return f"{self.name} {self.sparsity:.4g}" if self.prunes else f"{self.name} dense"
 
     @property
+    def heading(self) -> str:
+        """The setting with its partition as a heading has it."""
+        partition = partition_of(self.config)
+        return self.setting.replace(f", {partition}, ", f", {capital(partition)}, ", 1)
+
+    @property
     def prunes(self) -> bool:
         return self.sparsity > 0
 
@@ -128,7 +135,7 @@ class Line:
 
     Attributes:
         accuracy: top-1 of the truly pruned model after the last round, 0 to 1.
-        last5: the same, mean of the last five evaluations.
+        last5: the same, mean of the last evaluations (`metrics.last_accuracies`).
         upload_bytes: of all clients in all rounds.
         seconds: of all rounds; None where the seeds ran on unlike hardware.
         against: the dense group it is compared with, if the setting has one.
@@ -152,12 +159,12 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration without the seed; sorted by setting, asked sparsity and label."""
     together: dict[str, list[Run]] = {}
     for run in runs:
-        key = {name: value for name, value in identity(run.config).items() if name != "seed"}
+        key = {name: value for name, value in identity.of(run.config).items() if name != "seed"}
         together.setdefault(run.label + json.dumps(key, sort_keys=True), []).append(run)
     parts = [tuple(sorted(group, key=lambda run: run.config.seed)) for group in together.values()]
     alike: dict[tuple[str, str, float], list[tuple[Run, ...]]] = {}
     for part in parts:
-        final = part[0].config.sparsity.final
+        final = part[0].config.sparsity.final if identity.has_mask(part[0].config) else 0.0
         alike.setdefault((setting_of(part[0].config), part[0].label, final), []).append(part)
     made = [
         Group(setting, label, _sparsity(part), variant, part)
@@ -178,9 +185,10 @@ def setting_of(settings: Config) -> str:
     data = settings.data.name
     if settings.data.path and config.holds_own_data(settings):
         data += f" {Path(settings.data.path).name}"
+    rounds, clients, epochs = settings.rounds, settings.clients, settings.local_epochs
     return (
-        f"{settings.model.name} on {data}, {partition_of(settings)}, {settings.rounds} rounds, "
-        f"{settings.participants} of {settings.clients} clients a round, {settings.local_epochs} local epochs"
+        f"{settings.model.name} on {data}, {partition_of(settings)}, {terminal.counted(rounds, 'round')}, "
+        f"{settings.participants} of {terminal.counted(clients, 'client')} a round, {terminal.counted(epochs, 'local epoch')}"
     )
 
 
@@ -206,17 +214,55 @@ def _sparsity(runs: Sequence[Run]) -> float:
 
 def _variants(settings: Sequence[Config]) -> list[str]:
     """For each configuration the keys in which these differ, as far as they are not the program's defaults."""
-    tables = [{key: value for key, value in identity(one).items() if key != "seed"} for one in settings]
+    tables = [{key: value for key, value in identity.of(one).items() if key != "seed"} for one in settings]
     defaults = config.flat(Config())
-    differing = [key for key in tables[0] if any(table[key] != tables[0][key] for table in tables)]
-    texts = [", ".join(f"{k}={_plain(t[k])}" for k in differing if t[k] != defaults[k]) for t in tables]
+    names = dict.fromkeys(key for table in tables for key in table)
+    differing = [key for key in names if any(table.get(key) != tables[0].get(key) for table in tables)]
+    texts = [", ".join(f"{k}={_plain(t[k])}" for k in differing if k in t and t[k] != defaults[k]) for t in tables]
     if len(set(texts)) == len(texts):
         return texts
-    return [", ".join(f"{key}={_plain(table[key])}" for key in differing) for table in tables]
+    return [", ".join(f"{key}={_plain(table[key])}" for key in differing if key in table) for table in tables]
 
 
 def _plain(value: Any) -> str:
     return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def unequal(made: Sequence[Group]) -> list[str]:
+    """Keys beside those that make a method, of which not all methods of a setting have the same values: `key (who: what)`."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for group in made:
+        tables.setdefault(group.method, []).append(identity.of(group.config))
+    names = dict.fromkeys(key for of_one in tables.values() for table in of_one for key in table)
+    return [f"{key} ({text})" for key in names if not key.startswith(_SAID) and (text := _who_has_what(tables, key))]
+
+
+# What makes a method; and what is said of every run: its partition and its seed.
+_SAID = (
+    "seed", "data.partition", "data.alpha", "data.classes_per_client", "method", "proximal", "feedback", "server_memory",
+    *identity.OF_MASKS, *(f"{method}." for method in METHODS),
+)  # fmt: skip
+
+
+def _who_has_what(tables: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> str:
+    """The values of a key by method; empty where all have the same. Most are `the others`."""
+    who: dict[str, list[str]] = {}
+    for label, of_one in tables.items():
+        values = ", ".join(sorted({_plain(table[key]) for table in of_one if key in table}))
+        who.setdefault(values, []).append(name_of(label))
+    if len(who) < 2:
+        return ""
+    ordered = sorted(who.items(), key=lambda item: len(item[1]))
+    texts = [f"{', '.join(labels)}: {values or 'none'}" for values, labels in ordered]
+    if len(ordered[-1][1]) > 2:
+        texts[-1] = f"the others: {ordered[-1][0] or 'none'}"
+    return "; ".join(texts)
+
+
+def unequal_text(made: Sequence[Group]) -> str:
+    """`unequal` as a sentence; empty where there is nothing to say."""
+    found = unequal(made)
+    return f"Not the same for all methods: {', '.join(found)}." if found else ""
 
 
 def families(made: Sequence[Group]) -> dict[str, dict[str, list[Group]]]:
@@ -238,27 +284,30 @@ def settings(made: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def dense_of(made: Sequence[Group]) -> Group | None:
-    """The yardstick of a setting: FedAvg with float32 uploads, else any FedAvg; None where there is none or several."""
+    """The yardstick of a setting: `dense_ones`, where there is one, or all have the same results."""
+    found = dense_ones(made)
+    results = {
+        tuple((run.config.seed, run.summary["test_accuracy"], run.summary["upload_bytes"]) for run in group.runs)
+        for group in found
+    }
+    return found[0] if len(results) == 1 else None
+
+
+def dense_ones(made: Sequence[Group]) -> list[Group]:
+    """Of a setting FedAvg with float32 uploads, else any FedAvg."""
     plain = [group for group in made if group.config.method == "fedavg"]
-    exact = [group for group in plain if group.config.upload.values == "fp32"] or plain
-    return exact[0] if len(exact) == 1 else None
+    return [group for group in plain if group.config.upload.values == "fp32"] or plain
 
 
 def last_evaluations(made: Sequence[Group]) -> str:
-    """Of which evaluations `Line.last5` is the mean, in words: five, or fewer where a run had no more."""
-    counts = {
-        int(run.summary.get("evaluations_in_mean") or 0)
-        or sum(row.get("test_accuracy") is not None for row in run.records)
-        for group in made
-        for run in group.runs
-    }
-    if min(counts) >= 5:
-        return "last 5 evaluations"
-    return (
-        f"last {counts.pop()} evaluations"
-        if len(counts) == 1
-        else "last 5 evaluations, or of all where a run had fewer"
-    )
+    """Of which evaluations `Line.last5` is the mean, in words: of as many as each run has of its last sparsity, up to five."""
+    counts = {run.summary.get("evaluations_in_mean", 5) for group in made for run in group.runs}
+    low, high = min(counts), max(counts)
+    return f"last {f'{low} to {high}' if low < high else high} evaluation{'s' * (high > 1)}"
+
+
+# What `last_evaluations` leaves out, for those who read the number.
+AS_SPARSE = "of the last five evaluations those whose models keep as many weights as the last one, within 5 %"
 
 
 def lines(made: Sequence[Group]) -> list[Line]:
@@ -367,7 +416,8 @@ def _letters(number: int) -> str:
 def warnings(made: Sequence[Group], letters: Mapping[Hardware, str]) -> list[str]:
     """What a reader must not overlook."""
     said = []
-    for setting, members in settings(made).items():
+    for members in settings(made).values():
+        setting = members[0].heading
         kinds = sorted({letters[kind] for group in members for kind in group.hardware})
         if len(kinds) > 1:
             said.append(
@@ -378,21 +428,34 @@ def warnings(made: Sequence[Group], letters: Mapping[Hardware, str]) -> list[str
             if len(group.hardware) > 1:
                 named = ", ".join(letters[kind] for kind in group.hardware)
                 said.append(
-                    f"{setting}, {group.title}: its seeds ran on different hardware ({named}); no mean of seconds"
+                    f"{setting}, {group.shown}: its seeds ran on different hardware ({named}); no mean of seconds"
                 )
             if any(" and " in field for k in group.hardware for field in (k.processor, k.cores, k.ranks)):
-                said.append(f"{setting}, {group.title}: a run was resumed on other hardware; its seconds mix both")
+                said.append(f"{setting}, {group.shown}: a run was resumed on other hardware; its seconds mix both")
         seeds = {group.seeds for group in members}
         if len(seeds) > 1:
             said.append(
                 f"{setting}: not all groups have the same seeds ({'; '.join(_seed_text(s) for s in sorted(seeds))})"
             )
+        if text := unequal_text(members):
+            said.append(f"{setting}: {text[:1].lower()}{text[1:-1]}")
         if dense_of(members) is None:
-            said.append(f"{setting}: no dense FedAvg, or several, so nothing to compare with")
+            said.append(f"{setting}: {_without_yardstick(dense_ones(members))}")
     versions = sorted({run.versions for group in made for run in group.runs})
     if len(versions) > 1:
         said.append("runs of different versions: " + "; ".join(versions))
     return said
+
+
+def _without_yardstick(dense: Sequence[Group]) -> str:
+    """Why nothing is compared, and the way out."""
+    if not dense:
+        return (
+            "no dense FedAvg, so nothing to compare with; a run of the same setting with method: fedavg and upload.values: "
+            "fp32 would be that"
+        )
+    named = "; ".join(f"{group.name}: {', '.join(run.name for run in group.runs)}" for group in dense)
+    return f"several dense FedAvgs, so nothing is compared with one of them; report the runs of one alone ({named})"
 
 
 def _seed_text(seeds: Sequence[int]) -> str:

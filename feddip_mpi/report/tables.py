@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from feddip_mpi import config
+from feddip_mpi import config, metrics
 from feddip_mpi.report import summaries
 from feddip_mpi.report.runs import Hardware, Run
 from feddip_mpi.report.summaries import Group, Line, Spread
@@ -19,12 +19,10 @@ SUMMARY_COLUMNS = (
     "upload_bytes_highest", "seconds_mean", "seconds_lowest", "seconds_highest", "compared_with", "accuracy_difference",
     "times_fewer_bytes", "time_ratio", "hardware", "versions", "runs",
 )  # fmt: skip
-_ROUND_NAMES = (
-    "test_accuracy", "test_loss", "train_loss", "sparsity", "penalty", "mask_grown", "mask_pruned", "pruning_error",
-    "update_norm", "residual_norm", *summaries.BYTE_KINDS,
-    "round_seconds", *(f"{phase}_seconds" for phase in summaries.PHASES),
-    "host_memory_bytes", "device_memory_bytes",
-)  # fmt: skip
+# Every number that a round has one of; `layer_rows` and `client_rows` have what there is one of for each layer and client.
+ROUND_NAMES = tuple(
+    name for name, field in metrics.FIELDS.items() if field.kind in ("int", "float") and name != "round"
+)
 # What LaTeX reads as a command, in an order in which no replacement is replaced again.
 _LATEX = (
     ("\\", "\x00"), ("{", r"\{"), ("}", r"\}"), ("\x00", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("$", r"\$"),
@@ -102,18 +100,55 @@ def run_rows(runs: Sequence[Run], letters: Mapping[Hardware, str]) -> list[dict[
 
 def round_rows(made: Sequence[Group]) -> list[dict[str, Any]]:
     """A row for each group, round and name: mean, lowest and highest of the seeds."""
-    rows = []
-    for group in made:
-        for name in _ROUND_NAMES:
-            for number, mean, low, high in summaries.by_round(group, name):
-                place = {
-                    "setting": group.setting,
-                    "method": group.label,
-                    "sparsity": group.sparsity,
-                    "round": int(number),
-                }
-                rows.append(place | {"name": name, "mean": mean, "lowest": low, "highest": high})
-    return rows
+    return [
+        _place(group) | {"round": int(number), "name": name, "mean": mean, "lowest": low, "highest": high}
+        for group in made
+        for name in ROUND_NAMES
+        for number, mean, low, high in summaries.by_round(group, name)
+    ]
+
+
+def layer_rows(made: Sequence[Group]) -> list[dict[str, Any]]:
+    """A row for each group, prunable tensor and round: its sparsity, mean, lowest and highest of the seeds."""
+    return [
+        _place(group) | {"round": int(number), "layer": layer, "mean": mean, "lowest": low, "highest": high}
+        for group in made
+        for layer, table in summaries.layers(group).items()
+        for number, mean, low, high in table
+    ]
+
+
+def client_rows(made: Sequence[Group]) -> list[dict[str, Any]]:
+    """A row for each run, round and client that was evaluated: the accuracy on its own test images."""
+    return [
+        _place(group) | {"seed": run.config.seed, "round": row["round"], "client": client, "accuracy": accuracy}
+        for group in made
+        for run in group.runs
+        for row in run.records
+        for client, accuracy in enumerate(row.get("client_accuracy") or [])
+        if accuracy is not None
+    ]
+
+
+def partition_rows(made: Sequence[Group]) -> list[dict[str, Any]]:
+    """A row for each setting, seed, client and class: training images. Equal for all methods of a seed."""
+    found = {
+        (group.setting, run.config.seed): run
+        for group in reversed(made)  # the first one that has it counts
+        for run in group.runs
+        if run.histogram is not None
+    }
+    return [
+        {"setting": setting, "seed": seed, "client": client, "class": number, "class_name": name, "images": int(images)}
+        for (setting, seed), run in sorted(found.items(), key=lambda item: item[0])
+        if run.histogram is not None
+        for client, counts in enumerate(run.histogram)
+        for number, (images, name) in enumerate(zip(counts, run.class_names or [""] * len(counts), strict=True))
+    ]
+
+
+def _place(group: Group) -> dict[str, Any]:
+    return {"setting": group.setting, "method": group.label, "sparsity": group.sparsity}
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -136,9 +171,11 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
     kinds = sorted({kind for line in made for kind in line.group.hardware})
     versions = sorted({run.versions for line in made for run in line.group.runs})
     caption = (
-        f"{group.setting}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round, "
-        f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])}, which the figures show; "
+        f"{group.heading}. Mean of the seeds (lowest to highest); accuracy of the pruned model after the last round, "
+        f"beside it the mean of its {summaries.last_evaluations([line.group for line in made])} ({summaries.AS_SPARSE}), which "
+        "the figures show; "
         "points to dense after the last round. "
+        + (f"{unlike} " if (unlike := summaries.unequal_text([line.group for line in made])) else "")
         + "Hardware: " + "; ".join(f"{letters[kind]}: {kind}" for kind in kinds) + ". "
         + ("Seconds of different letters are not comparable. " if len(kinds) > 1 else "")
         + "Versions: " + "; ".join(versions) + "."
@@ -155,7 +192,7 @@ def to_latex(made: Sequence[Line], letters: Mapping[Hardware, str]) -> str:
 def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     """A task as a table for documents: a row a method, a column for each partition and sparsity.
 
-    A cell has the mean of the last five evaluations, the bytes uploaded, and how many times fewer those are than what the dense
+    A cell has the mean of the last evaluations, the bytes uploaded, and how many times fewer those are than what the dense
     yardstick of its partition uploaded.
 
     Args:
@@ -170,7 +207,7 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
     rows = {group.label: group for group in sorted(every, key=_rank)}  # in the order in which a label comes first
     lines = [
         f"{in_markdown(name)}. Accuracy of the pruned model on the test images, mean of the "
-        f"{summaries.last_evaluations(every)}: {_over(of_most)}{unless}; uploads of all clients in all "
+        f"{summaries.last_evaluations(every)} ({summaries.AS_SPARSE}): {_over(of_most)}{unless}; uploads of all clients in all "
         "rounds; how many times fewer bytes than the dense yardstick of the same partition.", "",
         "| method | " + " | ".join(f"{summaries.capital(partition)}, {level:.4g}" for partition, level in columns) + " |",
         "|---" * (1 + len(columns)) + "|",
@@ -182,6 +219,7 @@ def to_markdown(name: str, family: Mapping[str, Sequence[Group]]) -> str:
         {f"{in_markdown(g.name)} {g.sparsity:.4g}" for g in every if g.prunes and abs(g.sparsity - g.level) > 1e-4}
     )
     lines += ["", f"Ended beside the sparsity asked for: {', '.join(beside)}."] if beside else []
+    lines += ["", in_markdown(unlike)] if (unlike := summaries.unequal_text(every)) else []
     return "\n".join(lines) + "\n"
 
 

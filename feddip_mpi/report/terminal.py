@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from feddip_mpi import output
+from feddip_mpi.output import note as note
+from feddip_mpi.output import say as say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,21 +28,6 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def say(text: str) -> None:
-    """A line on stdout, seen at once also through a pipe; a reader that has gone ends no run."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        leave_stdout()
-
-
-def leave_stdout() -> None:
-    """Whoever read stdout has gone (`| head`): what is still said goes nowhere, numbers and log go to their files."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-
-
 def size(count: float) -> str:
     """Bytes in decimal units: 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -47,6 +35,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def clock(seconds: float) -> str:
@@ -91,7 +84,7 @@ def is_terminal() -> bool:
     told = os.environ.get("FEDDIP_PROGRESS")
     if told in ("rich", "plain"):
         return told == "rich"
-    return sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ
+    return output.stdout().isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ
 
 
 class PlainProgress:
@@ -111,6 +104,7 @@ class RichProgress:
     """A bar with the newest numbers beside it."""
 
     def __init__(self, rounds: int) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
 
@@ -122,6 +116,7 @@ class RichProgress:
             TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=52)),
             TimeRemainingColumn(compact=True, table_column=whole),
             expand=True,
+            console=Console(file=output.stdout()),
         )
         self._rounds = rounds
         self._accuracy = "-"
@@ -162,11 +157,6 @@ def print_json(value: Any) -> None:
     say(json.dumps(without_nan(value), indent=2, allow_nan=False))
 
 
-def note(text: str) -> None:
-    """A line on stderr, so that stdout stays what was asked for."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def warn_refused(reasons: Sequence[str]) -> None:
     """Say why newer checkpoints were passed over."""
     for reason in reasons:
@@ -180,23 +170,13 @@ def print_tables(*parts: Any) -> None:
     """
     from rich.console import Console
 
-    class PatientConsole(Console):
-        """Rich would leave the program when the reader has gone, and with it a run that is not finished."""
-
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            leave_stdout()
-
     width = None if is_terminal() or "COLUMNS" in os.environ else 110
-    console = PatientConsole(
-        force_terminal=None if is_terminal() else False, width=width, markup=False, emoji=False, highlight=False
-    )
-    try:
-        for part in parts:
-            console.print(part, soft_wrap=isinstance(part, str))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        leave_stdout()
+    console = Console(
+        file=output.stdout(), force_terminal=None if is_terminal() else False, width=width, markup=False, emoji=False,
+        highlight=False,
+    )  # fmt: skip
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -215,6 +195,8 @@ def show_summary(summary: dict[str, Any], folder: Path, plot: Path | None) -> No
     from rich.table import Table
 
     numbers = Table(title="Result", show_header=False)
+    numbers.add_column(no_wrap=True)  # a name in two lines would read as two rows, the second without a value
+    numbers.add_column(overflow="fold")
     for name, value in _rows(summary, folder, plot):
         numbers.add_row(name, value)
     layers = Table("layer", "sparsity", title="Sparsity by layer")
@@ -233,7 +215,7 @@ def _smaller(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _mean_of_last(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Of as many evaluations as there were, up to five; a single one is the accuracy itself."""
+    """Of as many of the last five evaluations as have the last sparsity; a single one is the accuracy itself."""
     count = summary["evaluations_in_mean"]
     numbers = f"{summary['test_accuracy_mean_of_last_5']:.4f} ({summary['test_accuracy_spread_of_last_5']:.4f})"
     return [(f"  mean (spread) of the last {count} evaluations", numbers)] if count > 1 else []
@@ -243,8 +225,7 @@ def _remembered(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Where the server remembers weights that the pruned model lacks (`server_memory: on`)."""
     if not summary["server_remembers"]:
         return []
-    name = "  with the pruned weights that the server remembers put back, as they are"
-    return [(name, f"{summary['dense_memory_accuracy']:.4f}")]
+    return [("  of the server's memory W, without the mask", f"{summary['dense_memory_accuracy']:.4f}")]
 
 
 def _besides(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -270,5 +251,5 @@ def _rows(summary: dict[str, Any], folder: Path, plot: Path | None) -> list[tupl
         ("time", f"{clock(summary['seconds'])} for {summary['rounds']} rounds on {summary['ranks']} rank(s)"),
         ("run folder", str(folder)),
         ("numbers by round", str(folder / "metrics.jsonl")),
-        ("plot", str(plot) if plot else "none (matplotlib is not installed)"),
+        ("plot", str(plot) if plot else "none (run.log says why)"),
     ]  # fmt: skip

@@ -36,6 +36,7 @@ class View:
         records: the rounds that are written completely.
         holder: who is at work in the folder; None: nobody.
         finished: whether finished.json is there.
+        error: what the run ended with, if it did with an error.
         log: the last lines of run.log.
         quiet: seconds since something was written last; None where nothing was.
     """
@@ -44,6 +45,7 @@ class View:
     records: Sequence[Row]
     holder: str | None
     finished: bool
+    error: str | None
     log: tuple[str, ...]
     quiet: float | None
 
@@ -53,6 +55,8 @@ class View:
             return "finished"
         if self.holder:
             return f"at work: {self.holder}"
+        if self.error:
+            return f"failed: {self.error.removeprefix('error: ')}"
         return "nobody is at work (or the file system has no locks): `feddip-mpi resume` goes on"
 
 
@@ -72,7 +76,8 @@ def look(folder: RunFolder) -> View:
         records(folder.metrics),
         run_folder.holder(folder),
         folder.finished.exists(),
-        tail(folder.path / "run.log", _LOG_LINES),
+        run_folder.failure(folder),
+        tail(folder.log, _LOG_LINES),
         _quiet(folder),
     )
 
@@ -109,7 +114,7 @@ def _text(path: Path, last_bytes: int | None) -> str:
 
 def _quiet(folder: RunFolder) -> float | None:
     times = []
-    for path in (folder.metrics, folder.path / "run.log"):
+    for path in (folder.metrics, folder.log):
         try:
             times.append(path.stat().st_mtime)
         except OSError:

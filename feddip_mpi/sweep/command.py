@@ -43,7 +43,7 @@ def sweep(path: str, out: str | None, jobs: int, launcher: str, for_slurm: bool,
     found = [states.look(cell, folder) for cell in cells]
     _show_plan(cells, found, folder)
     states.require_none_refused(cells, found, folder)
-    left = [c for c, s in zip(cells, found, strict=True) if s.kind in (states.NEW, states.UNFINISHED, states.BUSY)]
+    left = [c for c, s in zip(cells, found, strict=True) if s.kind in (states.NEW, *states.BEGUN, states.BUSY)]
     if not left:
         if not dry:  # they may have been lost since, or the grid may call its cells otherwise
             _prepare(cells, folder)
@@ -101,7 +101,8 @@ def _show_plan(cells: Sequence[Cell], found: Sequence[State], out: Path) -> None
     table = terminal.table("cell", "state", "rounds", right=("rounds",))
     for cell, state in zip(cells, found, strict=True):
         table.add_row(cell.name, state.kind, f"{state.rounds} of {cell.config.rounds}")
-    terminal.print_tables(title, table)
+    failed = [f"{c.name}: {s.remark}" for c, s in zip(cells, found, strict=True) if s.kind == states.FAILED]
+    terminal.print_tables(title, table, *failed)
 
 
 def _show_estimate(made: Estimate, jobs: int, out: Path) -> None:

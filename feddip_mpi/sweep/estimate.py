@@ -153,7 +153,7 @@ def estimate(
     images: Callable[[Config], int],
     sizes: Callable[[Config], tuple[int, int]],
 ) -> Estimate:
-    """Of all cells that are new or unfinished.
+    """Of all cells that are new, unfinished or failed.
 
     Args:
         images: training images of a configuration.
@@ -163,7 +163,7 @@ def estimate(
     for cell, state in zip(cells, found, strict=True):
         if state.kind == states.FINISHED:
             measured.setdefault(kind_of(cell.config), []).append(folder_bytes(out / cell.name))
-    left = [(c, s) for c, s in zip(cells, found, strict=True) if s.kind in (states.NEW, states.UNFINISHED)]
+    left = [(c, s) for c, s in zip(cells, found, strict=True) if s.kind in (states.NEW, *states.BEGUN)]
     seconds, total, guessed = 0.0, 0, False
     for cell, state in left:
         kind = kind_of(cell.config)
@@ -173,7 +173,7 @@ def estimate(
             final = max(measured[kind])
         else:
             final, guessed = most_bytes(cell.config, *sizes(cell.config)), True
-        present = folder_bytes(out / cell.name) if state.kind == states.UNFINISHED else 0
+        present = folder_bytes(out / cell.name) if state.kind in states.BEGUN else 0
         total += max(0, final - present)
     known = all(kind_of(cell.config) in paces for cell, _ in left)
     used = {kind_of(cell.config) for cell, _ in left} & set(paces)

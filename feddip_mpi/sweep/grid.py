@@ -16,7 +16,7 @@
       - {partition: iid, seed: 4}           # more cells: labels of axes, values of axes, or of any other key
 
 Cells that come to the same configuration are one cell: a label that fixes `sparsity.final` makes one cell, not one for
-every sparsity.
+every sparsity, and so does a method without a mask, which looks at none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from feddip_mpi import config
+from feddip_mpi import config, identity
 from feddip_mpi.errors import InputError
 from feddip_mpi.settings import Config
 
@@ -238,10 +238,10 @@ def _build(
             for line in said:
                 problems.setdefault(line.strip(), []).append(name)
             continue
-        identity = json.dumps(config.to_dict(made), sort_keys=True)
-        if identity not in found:
-            name = _unlike(name, identity, used)
-            found[identity] = Cell(name, made, {choice.axis: choice.label for choice in choices if choice.wins})
+        key = json.dumps(identity.what_it_reads(made), sort_keys=True)
+        if key not in found:
+            name = _unlike(name, json.dumps(config.to_dict(made), sort_keys=True), used)
+            found[key] = Cell(name, made, {choice.axis: choice.label for choice in choices if choice.wins})
     if problems:
         lines = [f"  cell {names[0]}{_and_more(names)}: {line}" for line, names in problems.items()]
         raise InputError(f"{source}: nothing was started, {len(problems)} problem(s):\n" + "\n".join(lines))
@@ -287,11 +287,11 @@ def _name(choices: Sequence[_Choice]) -> str:
     return name[:_LONGEST_NAME]
 
 
-def _unlike(name: str, identity: str, used: dict[str, str]) -> str:
+def _unlike(name: str, what: str, used: dict[str, str]) -> str:
     """The name, with a digest of what the cell runs where another cell has it already."""
     if name.lower() in used:
-        name = f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    used[name.lower()] = identity
+        name = f"{name}_{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    used[name.lower()] = what
     return name
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from feddip_mpi import hdf5
+from feddip_mpi import hdf5, run_folder
 
 BESIDE = "_sweep"  # folder of the sweep's own files; no cell has such a name
 _FILE = "cells.json"
@@ -21,18 +19,9 @@ def write(labels: Mapping[str, Mapping[str, str]], out: Path) -> None:
         return
     path = out / BESIDE / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.with_name(f".{_FILE}.lock")):
+    with run_folder.alone(path.with_name(f".{_FILE}.lock")):
         both = read(out) | {name: dict(own) for name, own in labels.items()}
         hdf5.write_text(path, json.dumps(both, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Sweeps that begin together would each write what they have read before, without what the others add."""
-    with open(lock, "a", encoding="utf-8") as file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def read(out: Path) -> dict[str, dict[str, str]]:

@@ -22,19 +22,26 @@ from feddip_mpi.sweep.grid import Cell
 from feddip_mpi.sweep.labels import BESIDE
 
 _TRIES_SECONDS = 0.1
+# After a signal a cell has so long to end its first round, without which it has nothing to save.
+_FIRST_ROUND_SECONDS = 60.0
+_SECOND_SIGNAL_SECONDS = 1.0  # some programs send the same one twice
 
 
 class Process(Protocol):
     """What the runner needs of a `subprocess.Popen`."""
 
+    pid: int
+
     def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
 
     def send_signal(self, sig: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: "finished", "failed", "stopped" (saved; is resumed next time) or "busy" (another job has it)."""
+    """How a cell ended: "finished", "failed", "stopped" (goes on next time, if it had saved) or "busy" (another job has it)."""
 
     name: str
     kind: str
@@ -45,29 +52,64 @@ class Outcome:
 
 @dataclass
 class Stop:
-    """Set by a signal: no cell is started any more, those at work save and end."""
+    """Set by a signal: no cell is started any more, those at work save and end.
+
+    Attributes:
+        requested: a signal came.
+        insisted: a second one did: cells that cannot save yet end at once.
+    """
 
     requested: bool = False
+    insisted: bool = False
+    _since: float = 0.0
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[Stop]:
         """Within it signals that ask for an end set this, and do nothing else."""
         signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-        before = [signal.signal(number, lambda *_: setattr(self, "requested", True)) for number in signals]
+        before = [signal.signal(number, lambda *_: self._hear()) for number in signals]
         try:
             yield self
         finally:
             for number, handler in zip(signals, before, strict=True):
                 signal.signal(number, handler)
 
+    def _hear(self) -> None:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, now
+        elif now - self._since >= _SECOND_SIGNAL_SECONDS:
+            self.insisted = True
+
 
 @dataclass
 class _Job:
+    """A cell at work.
+
+    Attributes:
+        written: see `Commands.written`, before it began.
+        told: to save and end, when it could.
+        asked: since when it cannot (time.monotonic).
+        ended: because it could not for too long.
+    """
+
     cell: Cell
+    written: int | None
     process: Process
     started: float = field(default_factory=time.monotonic)
-    since: float = field(default_factory=lambda: time.time() - 0.01)  # clocks of file systems are coarse
     told: bool = False
+    asked: float | None = None
+    ended: bool = False
+
+    def stop(self, can_save: bool, insisted: bool) -> None:
+        """Once it has metrics of this start it saves on a signal; while it still imports, one would kill it."""
+        self.asked = self.asked or time.monotonic()
+        if can_save:
+            self.process.send_signal(signal.SIGUSR1)
+            self.told = True
+        elif insisted or time.monotonic() - self.asked > _FIRST_ROUND_SECONDS:
+            end(self.process)
+            self.ended = True
 
 
 class Commands:
@@ -105,12 +147,12 @@ class Commands:
         complaints = [line for line in said if line.startswith(("error:", "watchdog:", "deadline:"))]
         return (complaints or said or [""])[-1]
 
-    def can_save(self, cell: Cell, since: float) -> bool:
-        """Whether a cell begun at `since` (Unix time) saves on a signal: while it still imports, it would be killed."""
+    def written(self, cell: Cell) -> int | None:
+        """When a cell's metrics were last written, by the clock of their file system; None: never."""
         try:
-            return RunFolder(self._out / cell.name).metrics.stat().st_mtime >= since
+            return RunFolder(self._out / cell.name).metrics.stat().st_mtime_ns
         except OSError:
-            return False
+            return None
 
 
 def wait(process: Process, stop: Stop) -> None:
@@ -119,7 +161,7 @@ def wait(process: Process, stop: Stop) -> None:
         time.sleep(_TRIES_SECONDS)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: Process) -> None:
     """End a command and all that its launcher has started, if it still runs; nothing of it is kept."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -166,21 +208,20 @@ def run(
                 say(f"{cell.name}: {state.remark}")
                 continue
             try:
-                at_work.append(_Job(cell, commands.start(cell)))
+                at_work.append(_Job(cell, commands.written(cell), commands.start(cell)))
             except OSError as error:  # those at work go on
                 outcomes.append(Outcome(cell.name, "failed", 0.0, f"cannot be started ({error})"))
                 say(_line(outcomes[-1]))
                 continue
-            what = f"goes on after round {state.rounds}" if state.kind == states.UNFINISHED else "starts"
+            what = f"goes on after round {state.rounds}" if state.kind in states.BEGUN else "starts"
             say(f"[{count - len(waiting)}/{count}] {cell.name}: {what}")
         for job in list(at_work):
             if job.process.poll() is not None:
                 at_work.remove(job)
                 outcomes.append(_outcome(job, out, commands))
                 say(_line(outcomes[-1]))
-            elif stop.requested and not job.told and commands.can_save(job.cell, job.since):
-                job.process.send_signal(signal.SIGUSR1)
-                job.told = True
+            elif stop.requested and not job.told:
+                job.stop(commands.written(job.cell) not in (None, job.written), stop.insisted)
         if stop.requested and not at_work:
             raise Stopped(f"by a signal, {len(waiting)} cells not begun; the same command goes on")
         time.sleep(_TRIES_SECONDS if at_work else 0)
@@ -193,6 +234,8 @@ def _outcome(job: _Job, out: Path, commands: Commands) -> Outcome:
     finished = RunFolder(out / job.cell.name).finished
     if finished.exists():
         return Outcome(job.cell.name, "finished", seconds, result=_result(finished))
+    if job.ended:
+        return Outcome(job.cell.name, "stopped", seconds, "before its first round, with nothing to save")
     code = job.process.poll()
     if code == Stopped.exit_code:
         return Outcome(job.cell.name, "stopped", seconds)

@@ -15,7 +15,8 @@ from feddip_mpi.sweep.grid import Cell
 
 _MEASURED = ("train_seconds", "evaluate_seconds", "round_seconds", "samples")
 
-NEW, UNFINISHED, FINISHED, BUSY, REFUSED = "new", "unfinished", "finished", "busy", "refused"
+NEW, UNFINISHED, FAILED, FINISHED, BUSY, REFUSED = "new", "unfinished", "failed", "finished", "busy", "refused"
+BEGUN = (UNFINISHED, FAILED)  # both are resumed
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class State:
     """A cell's state.
 
     Attributes:
-        kind: NEW (no folder), UNFINISHED (is resumed), FINISHED (is skipped), BUSY (another job is at work in it) or
-            REFUSED (its folder holds something else than this cell).
+        kind: NEW (no folder), UNFINISHED (is resumed), FAILED (ended with an error; is resumed, too), FINISHED (is skipped),
+            BUSY (another job is at work in it) or REFUSED (its folder holds something else than this cell).
         rounds: that are in its metrics.
         remark: why, where there is something to say.
     """
@@ -47,17 +48,18 @@ def look(cell: Cell, out: Path) -> State:
         return State(REFUSED, remark=f"the folder cannot be looked into ({error})")
     if not known:
         return State(REFUSED, remark="the folder holds files, but no config.yaml: it is no run folder")
+    rounds = len(records(folder))
     try:
         there = config.load(folder.config)
     except InputError as error:
-        return State(REFUSED, remark=f"its config.yaml cannot be read: {' '.join(str(error).split())}")
+        return State(REFUSED, rounds, f"its config.yaml cannot be read: {' '.join(str(error).split())}")
     if differing := differences(there, cell.config):
-        return State(REFUSED, remark=f"the folder was made with another configuration: {'; '.join(differing)}")
-    rounds = len(records(folder))
+        return State(REFUSED, rounds, f"the folder was made with another configuration: {'; '.join(differing)}")
     if (holder := run_folder.holder(folder)) is not None:
         return State(BUSY, rounds, f"another job is at work there ({holder})")
     if not folder.finished.exists():
-        return State(UNFINISHED, rounds)
+        why = run_folder.failure(folder)
+        return State(UNFINISHED, rounds) if why is None else State(FAILED, rounds, why)
     try:
         done = json.loads(folder.finished.read_text(encoding="utf-8"))["rounds"]
     except (OSError, ValueError, KeyError, TypeError):

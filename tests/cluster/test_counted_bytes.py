@@ -23,6 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "at once": {"upload.residual": "in_mask_only", "overlap": False},
     "sharded": {"exchange": "sharded", "upload.residual": "drop"},
     "download": {"exchange": "sharded", "download.values": "int8", "upload.values": "int8"},
+    "node": {"exchange": "node", "upload.residual": "drop"},
     "residuals": {"upload.values": "int8"},
 }
 
@@ -39,7 +40,7 @@ def test_interfaces_count_what_the_run_counts(make_hosts: Callable[[int, str], H
         argv.append(["train", str(config), "--out", str(tmp_path / name), *words])
     (tmp_path / "runs.json").write_text(json.dumps(argv))
     program = [str(PROGRAMS / "counted.py"), str(tmp_path / "runs.json"), str(tmp_path / "result.json")]
-    make_hosts(4, "none").run(program, seconds=120).expect(0)
+    make_hosts(4, "none").run(program, seconds=240).expect(0)
     for name, played in zip(RUNS, json.loads((tmp_path / "result.json").read_text()), strict=True):
         assert len(played) == 3
         for round in played:

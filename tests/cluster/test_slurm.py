@@ -284,7 +284,7 @@ def test_chain(started: Started, never_stopped: Path) -> None:
 
 def test_array(meanwhile: dict[str, tuple[Started, Job]]) -> None:
     grid, job = meanwhile["grid"]
-    job.wait_until(lambda: not grid.slurm.query("squeue", "-h", "-j", job.id))
+    job.wait()
     found = {}
     for path in grid.run.glob("*/finished.json"):
         summary = json.loads(path.read_text())
@@ -293,9 +293,28 @@ def test_array(meanwhile: dict[str, tuple[Started, Job]]) -> None:
     assert found == expected, job.text
 
 
+def test_every_task_of_an_array_is_requeued_for_itself(started: Started) -> None:
+    """One of the tasks has the id of the whole array."""
+    started.environment |= {"RUNS": str(started.run), "SEEDS": "1 2", "SPARSITIES": "0.9"}
+    array = started.submit("slurm-array.sh", "--array=0-1", "--ntasks-per-node=1", slow=True)
+    tasks = [Job(started.slurm, f"{array.id}_{index}", array.output) for index in (0, 1)]
+    cells = [started.run / f"seed-{seed}-sparsity-0.9" for seed in (1, 2)]
+    for task, cell in zip(tasks, cells, strict=True):
+        task.wait_until(lambda cell=cell: any(cell.glob("checkpoints/round-*.h5")))
+    assert array.id in [task.shows("JobId") for task in tasks]
+    started.slurm.run("scancel", "--batch", "--signal=USR1", array.id)
+    for task in tasks:
+        task.wait_until(lambda task=task: task.shows("Restarts") == "1" and task.shows("JobState") == "PENDING")
+    started.brake(False)
+    for task, cell in zip(tasks, cells, strict=True):
+        task.wait().expect("COMPLETED", 0)
+        assert task.shows("Restarts") == "1" and (cell / "finished.json").exists()
+    assert requeues(array) == 2, array.text
+
+
 def test_sweep(meanwhile: dict[str, tuple[Started, Job]]) -> None:
     started, job = meanwhile["sweep"]
-    job.wait_until(lambda: not started.slurm.query("squeue", "-h", "-j", job.id))
+    job.wait()
     cells = ("fedavg_seed-5", "feddip_seed-5", "feddip_seed-6")
     found = {path.parent.name: json.loads(path.read_text()) for path in started.run.glob("*/finished.json")}
     assert found.keys() == set(cells), job.text

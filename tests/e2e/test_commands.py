@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny import ROOT, Command, records, settings
 
-from feddip_mpi import checkpoint, config, federation, summary
+from feddip_mpi import checkpoint, config, federation, metrics, summary
 from feddip_mpi.cli import cli
 from feddip_mpi.errors import DamagedFileError, InputError
 
@@ -79,6 +79,9 @@ def test_the_summary_has_the_names_that_are_documented(trained: Path) -> None:
     written = json.loads((trained / "finished.json").read_text())
     assert list(written) == list(summary.FIELDS)
     assert written["rounds"] == 4 and written["peak_host_memory_bytes"] > 2**20
+    last = metrics.last_accuracies(records(trained))  # of four rounds, two with the last mask
+    assert len(last) == written["evaluations_in_mean"] == 2
+    assert written["test_accuracy_mean_of_last_5"] == sum(last) / 2
 
 
 # inspect
@@ -398,3 +401,21 @@ def test_a_reader_that_goes_away_ends_nothing(tiny_config: Path, tmp_path: Path)
         assert done.returncode == 0, (argv, done.stderr)
         assert "Traceback" not in done.stderr and "MPI_ABORT" not in done.stderr
     assert (run / "finished.json").exists()
+
+
+@pytest.mark.parametrize("stdout", ["full", "ascii"])
+def test_neither_a_full_disk_nor_a_picture_ends_a_run(stdout: str, tiny_config: Path, tmp_path: Path) -> None:
+    """stdout cannot take what is said, and matplotlib breaks: the run is finished all the same."""
+    run, broken = tmp_path / "café", tmp_path / "broken"
+    broken.mkdir()
+    (broken / "matplotlib.py").write_text("raise RuntimeError('no fonts')")
+    environment = {**os.environ, "PYTHONPATH": f"{broken}:{ROOT}", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full" if stdout == "full" else tmp_path / "said", "w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "feddip_mpi", "train", str(tiny_config), *settings(), "--out", str(run)],
+            stdout=file, stderr=subprocess.PIPE, text=True, timeout=120, env=environment, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (run / "finished.json").exists()
+    assert "no plot: RuntimeError: no fonts" in (run / "run.log").read_text()
+    assert stdout == "full" or "caf\\xe9" in (tmp_path / "said").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from feddip_mpi import config, metrics, summary
+from feddip_mpi import config, errors, metrics, summary
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.M | re.S)
@@ -74,6 +74,19 @@ def test_quick_start_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (out / "run.png").stat().st_size > 10_000
     assert "Sparsity by layer" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.InputError, "wrong input"), (errors.DamagedFileError, "a damaged file"),
+        (errors.NumericalError, "training diverged"), (errors.PeerError, "ranks disagree"),
+        (errors.RankLost, "a rank died"), (errors.FolderBusy, "another job has the run folder"),
+        (errors.Stopped, "stopped by a signal"),
+    ],
+)  # fmt: skip
+def test_exit_codes_are_those_of_the_readme(error: type[errors.FeddipError], words: str) -> None:
+    assert f"{error.exit_code} {words}" in " ".join(README.split("Exit codes: ")[1].split())
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import chromium
 import pytest
-from tiny import Command
+from tiny import ROOT, Command, records
 
 GRID = """
 base: {rounds: 3, clients: 4, participants: 2, local_epochs: 1, batch_size: 20, mask: {every: 1}, device: cpu,
@@ -69,6 +75,42 @@ def test_a_failed_cell_is_listed_and_the_rest_is_done(swept: Path, feddip: Comma
     assert "exit code 4" in done.stdout and "1 of 2 cells are not finished" in done.stderr
 
 
+def at_work(folder: Path) -> list[int]:
+    """The processes whose command line names a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
+def test_a_signal_ends_a_sweep_when_its_cells_have_saved(tmp_path: Path) -> None:
+    endless = GRID.replace("rounds: 3", "rounds: 100000").replace("    feddip: {method: feddip}\n", "")
+    (tmp_path / "grid.yaml").write_text(endless)
+    runs = [tmp_path / "runs" / name for name in CELLS[:2]]
+    words = ("sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "runs"), "--jobs", "2", "--no-trial")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "feddip_mpi", *words], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while not all((run / "metrics.jsonl").exists() and records(run) for run in runs):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 75 and at_work(tmp_path) == [], said
+    finally:
+        for left in at_work(tmp_path):
+            os.kill(left, signal.SIGKILL)
+        process.wait()
+    for run in runs:
+        newest = max((run / "checkpoints").glob("round-*.h5"))
+        assert newest.name == f"round-{len(records(run)):06d}.h5" and f"{run.name}: stopped after" in said
+
+
 def test_slurm_script_of_what_is_left(swept: Path, feddip: Command, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(swept / "runs" / CELLS[0], runs / CELLS[0])
@@ -110,6 +152,10 @@ def test_the_page_in_a_browser(swept: Path, feddip: Command, tmp_path: Path) -> 
             assert page.value(f"{boxes}.filter(e => e.scrollWidth > e.clientWidth + 1).length") == 0
             assert page.value("Math.min(...[...document.querySelectorAll('td, th, figcaption')].map(e => "
                               "parseFloat(getComputedStyle(e).fontSize)))") >= 12  # fmt: skip
+            # Numbers do not press a method's name until its letters stand in two lines.
+            page.value("window.cell = document.querySelector('th[data-name=method]'); cell.textContent = 'PruneTrain'")
+            page.value("window.range = document.createRange(); range.selectNodeContents(cell)")
+            assert page.value("range.getClientRects().length") == 1
             page.picture(tmp_path / f"{width}.png")
             assert (tmp_path / f"{width}.png").stat().st_size > 50_000
 

@@ -133,6 +133,25 @@ def test_a_death_in_the_opening_begins_it_again(policy: str, config: Path, never
     assert "2 go on after round 0 (from the start: nothing was saved)" in (run / "run.log").read_text()
 
 
+def test_a_rank_that_ends_by_an_error_of_its_own_is_survived(config: Path, tmp_path: Path) -> None:
+    """Memory that Python or torch cannot have is an exception; memory that the kernel takes back is a kill."""
+    run = tmp_path / "run"
+    argv = [*launch.FEDDIP, *runs.train(config, run, **{**TINY, "model__name": "small_models:fragile"})]
+    done = launch.run(argv, 3, "ulfm", 90, {"FEDDIP_TEST_FAULT": "raise:1:9"})
+    assert (run / "finished.json").exists() and done.orphans == 0, done.text
+    assert "RuntimeError: this test's model breaks" in done.text
+    assert "rank 1 failed: it ends, the others go on without it" in done.text
+    assert lost_ranks(run) == [1] and [row["round"] for row in runs.lines(run)] == [1, 2, 3, 4, 5]
+
+
+def test_an_error_that_every_rank_has_ends_all(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = [*launch.FEDDIP, *runs.train(config, run, **{**TINY, "model__name": "small_models:fragile"})]
+    done = launch.run(argv, 2, "ulfm", 90, {"FEDDIP_TEST_FAULT": "raise:all:9"})
+    assert not (run / "finished.json").exists() and done.orphans == 0, done.text
+    assert done.text.count("RuntimeError: this test's model breaks") == 2, done.text
+
+
 def test_a_death_before_the_first_round_ends_all(config: Path, tmp_path: Path) -> None:
     done = killed(config, tmp_path / "run", "rank=1 phase=setup round=1")
     assert done.code != 0 and not (tmp_path / "run" / "finished.json").exists()

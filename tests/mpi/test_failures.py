@@ -54,11 +54,43 @@ def test_early_exit_of_one_rank_is_a_failure(config: Path, tmp_path: Path) -> No
 
 
 def test_a_rank_that_hangs_is_named_and_ends_all(config: Path, tmp_path: Path) -> None:
-    done = fail(config, tmp_path / "run", "hang:1:9", watchdog=2)
+    done = fail(config, tmp_path / "run", "hang:1:9", watchdog=4)
     assert done.code not in (0, 2, 75)
-    assert "watchdog: rank 1 is stuck: no progress for 2 s in phase 'train' of round 2" in done.text, done.text
+    assert "watchdog: rank 1 is stuck: no progress for 4 s in phase 'train' of round 2" in done.text, done.text
     assert "small_models.py" in done.text.split("watchdog: rank 1", 1)[1], "the stacks say where"
     assert saved_rounds(tmp_path / "run") == [1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"), [("load:0:1", "phase 'load'"), ("linger:0:1", "phase 'finish' of round 1")]
+)
+def test_a_rank_that_hangs_before_or_after_the_rounds_ends_all(
+    fault: str, where: str, config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = fail(config, run, fault, watchdog=4, data__name="small_models:slow_to_load", rounds=1)
+    assert done.code not in (0, 2, 75)
+    assert f"watchdog: rank 0 is stuck: no progress for 4 s in {where}; ending all ranks" in done.text, done.text
+    assert run.exists() == (fault == "linger:0:1")
+
+
+def test_a_rank_that_hangs_while_a_run_is_restored_ends_all(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch.run([*launch.FEDDIP, *runs.train(config, run, **FRAGILE, rounds=1)]).expect(0)
+    argv = [*launch.FEDDIP, "resume", str(run), "--set", "rounds=2", "--set", "watchdog=4"]
+    done = launch.run(argv, 2, seconds=60, extra={"FEDDIP_TEST_FAULT": "restore:0:1"})
+    assert done.code not in (0, 2, 75) and done.orphans == 0
+    assert "watchdog: rank 0 is stuck: no progress for 4 s in phase 'restore'; ending all ranks" in done.text, done.text
+
+
+@pytest.mark.parametrize("fault", ["raise:1:9", "decode:1:6", "hang:1:9"])
+def test_ranks_that_cannot_say_why_end_all(
+    fault: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stderr on a full disk: without its message a failure still ends all ranks, and so does the watchdog."""
+    monkeypatch.setenv("FEDDIP_TEST_MUTE", "1")
+    done = fail(config, tmp_path / "run", fault, watchdog=4 if "hang" in fault else None)
+    assert done.code not in (0, 2, 75) and "Traceback" not in done.text, done.text
 
 
 @pytest.mark.parametrize("moment", ["begin", "save"])
@@ -161,6 +193,9 @@ def test_wrong_input_and_drift_are_told_once_and_change_nothing(config: Path, tm
          ["rank 0: ", "rank 1: ", "800x1x12x12", "data.path"]),
         ({"argv": runs.train(config, tmp_path / "i", model__name="small_models:pair")}, 2,
          ["small_models:pair", "a tuple", "[2, 10]"]),
+        ({"argv": runs.train(config, tmp_path / "j"), "launched": 4}, 2, ["4 ranks (PMI_SIZE)", "MPI sees 2 ranks"]),
+        ({"argv": runs.train(config, tmp_path / "k", model__name="small_models:of_its_rank")}, 5,
+         ["initial weights: rank 0: ", "initial weights: rank 1: ", "same code of your own"]),
         ({"argv": ["resume", str(tmp_path / "void")]}, 2, ["void", "no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "no checkpoint")]}, 2, ["no checkpoint"]),
         ({"argv": ["resume", str(tmp_path / "nothing")]}, 2, ["nothing", "no such run folder"]),

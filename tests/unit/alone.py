@@ -19,6 +19,8 @@ class Alone:
     """
 
     rank, size, node_rank = 0, 1, 0
+    world_ranks: tuple[int, ...] = (0,)
+    lost_ranks: tuple[int, ...] = ()
     fault_tolerant = damaged = False
 
     def __init__(self, background: bool = False) -> None:
@@ -30,6 +32,9 @@ class Alone:
     def check(self, error: FeddipError | None) -> None:
         if error is not None:
             raise error
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
     def require_same(self, what: str, value: Any) -> None:
         pass
@@ -43,6 +48,9 @@ class Alone:
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def broadcast_array(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
     def gather_json(self, value: Any) -> list[Any]:
         return [value]
 
@@ -51,6 +59,12 @@ class Alone:
 
     def host(self) -> str:
         return "here"
+
+    def library(self) -> str:
+        return "none"
+
+    def abort(self, code: int) -> None:
+        raise SystemExit(code)
 
     def node_broadcast(self, value: Any) -> Any:
         return value

@@ -37,6 +37,15 @@ def make(path: Path, seed: int = 1, accuracy: float = 0.5, **more: Any) -> Path:
     return path
 
 
+def fail(folder: Path, error: str = "client 1 (rank 0) diverged in round 1: loss nan") -> None:
+    """The log of a run that has ended with an error."""
+    lines = (
+        "2026-11-27 01:32:22,393 rank 0 INFO round 1/3  accuracy 0.1",
+        f"2026-11-27 01:32:22,749 rank 0 INFO error: {error}",
+    )
+    (folder / "run.log").write_text("".join(line + "\n" for line in lines))
+
+
 def _row(number: int, accuracy: float, more: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(metrics.FIELDS)
     sparsity = more.get("sparsity", 0.9)
@@ -70,12 +79,13 @@ def _row(number: int, accuracy: float, more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(rows: list[dict[str, Any]], seed: int, more: dict[str, Any]) -> dict[str, Any]:
-    scored = [row["test_accuracy"] for row in rows][-5:]
+    scored = metrics.last_accuracies(rows)
     return {
         "rounds": len(rows),
         "ranks": rows[-1]["ranks"],
         "test_accuracy": scored[-1],
         "test_accuracy_mean_of_last_5": sum(scored) / len(scored),
+        "evaluations_in_mean": len(scored),
         "upload_bytes": sum(row["upload_bytes"] for row in rows),
         "dense_bytes": sum(row["dense_bytes"] for row in rows),
         "seconds": sum(row["round_seconds"] for row in rows),

@@ -3,19 +3,23 @@
 import os
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from alone import Alone
 from torch import nn
 
 from feddip_mpi import checkpoint, config, federation, hdf5, metrics, server
 from feddip_mpi.checkpoint import Loaded, Snapshot
-from feddip_mpi.errors import DamagedFileError, FeddipError, InputError
+from feddip_mpi.errors import DamagedFileError, FeddipError, InputError, UnreadableFileError
 from feddip_mpi.residuals import Residual
+from feddip_mpi.schedules import participants
 from feddip_mpi.vector import Layout, flatten
 
 LAYERS = ["3.weight", "0.weight"]
@@ -159,7 +163,8 @@ def test_a_file_of_an_earlier_version_lacks_a_name_and_no_round(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.49, 0.5, 0.51, 1.0])
-def test_residuals_of_any_density(tmp_path: Path, share: float) -> None:
+def test_residuals_of_any_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.setattr(checkpoint, "_PART", 7)  # several parts, the last of them shorter
     values = torch.zeros(100)
     values[torch.randperm(100)[: round(100 * share)]] = torch.rand(round(100 * share)) + 0.5
     checkpoint.save(tmp_path / "round-000004.h5", snapshot(), [(1, Residual(values, 0))])
@@ -255,6 +260,76 @@ def test_newest_takes_the_last_that_verifies_and_says_why_others_were_refused(tm
     with pytest.raises(DamagedFileError) as caught:
         checkpoint.newest(tmp_path)
     assert all(str(path) in str(caught.value) for path in paths)
+
+
+class Failing:
+    """Calls that fail so many times for a file, then go through."""
+
+    def __init__(self, real: Callable[..., Any], name: str, error: BaseException, times: int) -> None:
+        self.real, self.name, self.error, self.left = real, name, error, times
+
+    def __call__(self, path: Path, *arguments: Any, **options: Any) -> Any:
+        if Path(path).name == self.name and self.left > 0:
+            self.left -= 1
+            raise self.error
+        return self.real(path, *arguments, **options)
+
+    def method(self) -> Callable[..., Any]:
+        """The same as a function, which in the place of a method is handed its object."""
+        return lambda *arguments, **options: self(*arguments, **options)
+
+
+STALE = OSError(116, "Stale file handle")
+# As h5py says it.
+IN_HDF5 = KeyError(
+    "Unable to open object (file read failed: errno = 5, error message = 'Input/output error', offset = 9)"
+)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "said"),
+    [
+        (hdf5, "open", STALE, "Stale file handle"),
+        (hdf5, "open", MemoryError(), "not enough memory"),
+        (Path, "stat", STALE, "Stale file handle"),
+        (h5py, "File", OSError(5, "errno = 5, error message = 'Input/output error', offset = 9"), "Input/output error"),
+        (h5py, "File", IN_HDF5, "Input/output error"),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, said: str
+) -> None:
+    """It is tried again, and nothing older takes its place."""
+    path = [saved(tmp_path, rounds) for rounds in (2, 4)][-1]
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.0, 0.0, 0.0))
+    real = getattr(owner, name, open)
+    for times in (1, 3):
+        failing = Failing(real, path.name, error, times)
+        monkeypatch.setattr(owner, name, failing.method(), raising=False)
+        assert checkpoint.newest(tmp_path)[0].server.round == 4 and failing.left == 0
+    monkeypatch.setattr(owner, name, Failing(real, path.name, error, 4).method(), raising=False)
+    with pytest.raises(UnreadableFileError, match=rf"round-000004.h5: cannot be read now \({said}\)") as caught:
+        checkpoint.newest(tmp_path)
+    assert caught.value.exit_code == 1
+
+
+def test_newest_looks_again_where_files_go_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who inspects a running job has listed a file that is deleted before he opens it."""
+    old = [saved(tmp_path, rounds) for rounds in (2, 4)]
+    listed, looked = checkpoint.listed, []
+
+    def then_saved(folder: Path) -> list[Path]:
+        found = listed(folder)
+        if not looked:
+            saved(tmp_path, 6)
+            for path in old:
+                path.unlink()
+        looked.append(found)
+        return found
+
+    monkeypatch.setattr(checkpoint, "listed", then_saved)
+    found, refused = checkpoint.newest(tmp_path)
+    assert looked[0] == old and found.server.round == 6 and refused == []
 
 
 def test_newest_of_nothing_is_wrong_input(tmp_path: Path) -> None:
@@ -416,6 +491,25 @@ def test_of_equally_good_checkpoints_the_newest_is_kept_and_damaged_ones_do_not_
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["round-000002.h5", "round-000005.h5"]
 
 
+def test_an_old_checkpoint_that_cannot_be_read_may_be_the_best_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for round in (1, 2, 3, 4):
+        scored(tmp_path, round, 0.9 - 0.1 * round, 0.5)
+    stat = Path.stat
+
+    def stale(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "round-000002.h5":
+            raise OSError(116, "Stale file handle")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    checkpoint.prune_old(tmp_path, 1, True, 0.5, 4)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.listed(tmp_path)] == [f"round-{r:06d}.h5" for r in (1, 2, 4)]
+    assert "round-000002.h5: cannot be tidied up (Stale file handle)" in caplog.text
+
+
 def test_damaged_checkpoints_that_a_run_went_back_behind_do_not_push_good_ones_out(tmp_path: Path) -> None:
     for round in (2, 3, 4, 6):
         scored(tmp_path, round, 0.5, 0.5)
@@ -456,6 +550,17 @@ def test_a_file_of_the_first_program_with_format_1_loads(tmp_path: Path) -> None
     assert residuals == [(0, 3, 13623658), (1, 2, 1177109853), (2, 3, 1257319550)]
     _, layout = federation.build_model(loaded.config, loaded.input_shape, loaded.classes)
     checkpoint.check_model(loaded, layout)
+
+
+def test_what_a_file_of_the_first_program_was_trained_on_is_drawn_again() -> None:
+    golden = Path(__file__).with_name("golden") / "format-1.h5"
+    loaded = checkpoint.load(golden)
+    built = federation.build(loaded.config, Alone(), torch.device("cpu"))
+    assert built.identity == loaded.identity
+    with h5py.File(golden) as file:
+        assert np.array_equal(built.partition.histogram(built.dataset.train_labels, 3), file["partition/histogram"])
+    drawn = [list(participants(loaded.config, record["round"] - 1)) for record in loaded.history]
+    assert drawn == [record["participants"] for record in loaded.history]
 
 
 @pytest.mark.parametrize("version", [0, -1])

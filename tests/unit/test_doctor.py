@@ -55,6 +55,10 @@ GPU = {"name": "GPU", "id": "GPU-1"}
     ("rows", "changes", "level", "check", "text"),
     [
         ([row(launched=4, launched_by="PMI_SIZE")], {}, "FAIL", "launch", "4 ranks were started (PMI_SIZE)"),
+        (
+            [row(rank, launched=4, launched_by="PMI_SIZE") for rank in range(2)], {},
+            "FAIL", "launch", "4 ranks were started (PMI_SIZE), but 2 believe to be all",
+        ),
         ([row(device_error="no GPU here")], {}, "FAIL", "devices", "rank 0: no GPU here"),
         ([row(0), row(1, device="cuda:0", gpu=GPU)], {}, "FAIL", "devices", "some ranks compute on a GPU"),
         ([row(r, device="cuda:0", gpu=GPU) for r in range(2)], {}, "WARN", "devices", "ranks 0-1 share one GPU"),

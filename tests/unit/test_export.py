@@ -78,6 +78,22 @@ def test_the_small_form_is_a_smaller_network_with_the_same_outputs(tmp_path: Pat
         export.load_small(tmp_path / "none")
 
 
+def test_the_small_form_has_the_statistics_of_the_channels_that_are_left(tmp_path: Path) -> None:
+    loaded = saved(tmp_path, "test_methods:Net")
+    whole, layout = federation.build_model(loaded.config, (1, 28, 28), 10)
+    statistics = loaded.server.weights[layout.parameters :]
+    statistics.copy_(torch.linspace(0.5, 1.5, statistics.numel()))
+    loaded.server.mask.fill_(True)
+    loaded.server.mask[layout.prunable_sizes[0] :][: layout.prunable_sizes[1]].view(20, 8, -1)[:, ::2] = False
+    path = tmp_path / "model.small.safetensors"
+    export.export(loaded, path)
+    small = export.load_small(path)
+    whole.load_state_dict(export.pruned_state(loaded))
+    assert small.norm.num_features == 4 and torch.equal(small.norm.running_var, whole.norm.running_var[1::2])
+    images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(small(images), whole.eval()(images), atol=1e-5)
+
+
 def test_the_small_form_needs_a_chain_of_layers(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every layer's channels must go into one other"):
         export.export(saved(tmp_path, "resnet18"), tmp_path / "model.small.safetensors")

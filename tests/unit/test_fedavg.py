@@ -1,6 +1,7 @@
 """FedAvg and FedProx through the engine against a plain loop, and rounds that must fail."""
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from feddip_mpi import checkpoint, config, federation, masks, rounds, run_folder
 from feddip_mpi.errors import NumericalError
 from feddip_mpi.federation import Federation
+from feddip_mpi.local import LocalResult, LocalTrainer
+from feddip_mpi.residuals import Residual
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.settings import Config
@@ -163,6 +166,26 @@ def test_what_a_residual_policy_keeps_is_held_and_used() -> None:
     assert len(set(weights.values())) == 3
 
 
+def test_a_record_weighs_losses_by_images_and_adds_up_the_squares_of_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, train = [], LocalTrainer.train
+
+    def noting(self: LocalTrainer, *arguments: Any) -> LocalResult:
+        results.append(train(self, *arguments))
+        return results[-1]
+
+    monkeypatch.setattr(LocalTrainer, "train", noting)
+    built = federation.build(pruning(), Alone(), torch.device("cpu"))
+    state = rounds.initial_state(built)
+    for t in range(2):
+        results.clear()
+        record = rounds.play(built, state, plan_round(built.config, t))
+        losses, images = [r.loss for r in results], [r.samples for r in results]
+        assert record["train_loss"] == pytest.approx(np.average(losses, weights=images), rel=1e-12)
+        assert abs(record["train_loss"] - np.mean(losses)) > 1e-4
+        left = torch.cat([state.held[client].values for client in record["participants"]])
+        assert record["residual_norm"] == pytest.approx(float(left.double().norm()), rel=1e-6)
+
+
 def finish(comm: Alone, **values: Any) -> tuple[rounds.State, list[dict], Federation]:
     built = federation.build(pruning(**values), comm, torch.device("cpu"))
     return *play_all(built), built
@@ -273,3 +296,34 @@ def test_a_run_that_diverges_names_client_and_round() -> None:
         NumericalError, match=r"client \d+ \(rank 0\) diverged in round [1-9]: loss .*, learning rate 1000"
     ):
         play_all(built)
+
+
+class Hopeless(Net):
+    """Its loss is a number, its gradient is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.fc.weight.sum() * 0).sqrt()
+
+
+def test_values_that_are_not_finite_before_the_first_round_name_the_client() -> None:
+    values = {**pruning().model_dump(mode="json"), "model": {"name": f"{__name__}:Hopeless"}}
+    values["mask"]["initial"] = "snip"
+    built = federation.build(config.validate(values), Alone(), torch.device("cpu"))
+    with pytest.raises(NumericalError, match=r"client \d+ \(rank 0\) found values .* before the first round"):
+        rounds.initial_state(built)
+
+
+def test_a_residual_that_grows_past_all_numbers_names_client_and_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = LocalTrainer.train
+
+    def far(*arguments: Any) -> LocalResult:
+        result = train(*arguments)
+        return replace(result, update=torch.full_like(result.update, 3e38))
+
+    monkeypatch.setattr(LocalTrainer, "train", far)
+    built = federation.build(pruning(upload={"values": "int4"}), Alone(), torch.device("cpu"))
+    state, plan = rounds.initial_state(built), plan_round(built.config, 0)
+    for client in plan.participants:
+        state.held[client] = Residual(torch.full((built.layout.prunable,), 3e38), 0)
+    with pytest.raises(NumericalError, match=r"client \d+ \(rank 0\) diverged in round 1: residual norm (inf|nan)"):
+        rounds.play(built, state, plan)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from together import Together, together
 from torch import Tensor, nn
 
 from feddip_mpi import config, data, evaluate, federation
-from feddip_mpi.errors import FeddipError, InputError
+from feddip_mpi.data.partition import Partition
+from feddip_mpi.errors import FeddipError, InputError, PeerError
 from feddip_mpi.federation import Federation
 
 
@@ -85,6 +88,36 @@ def test_other_data_on_some_ranks_is_told_to_all() -> None:
         "  ranks 0-1, 3-5: 'a' (/data/a)", "  rank 2: 'b' (/data/b)", "  rank 6: 'c' (/data/c)",
     ]  # fmt: skip
     assert "data.path" in lines[0] and "same files" in lines[4]
+
+
+def parts(*train: list[int]) -> Partition:
+    return Partition(tuple(np.array(own, np.int64) for own in train), tuple(np.zeros(0, np.int64) for _ in train))
+
+
+def start(comm: Together, odd: dict[int, Partition], weights: dict[int, float]) -> str:
+    """What a rank is told of others with another partition or other first weights; nothing where all is well."""
+    initial = torch.full((3,), weights.get(comm.rank, 1.0))
+    try:
+        federation._require_same_start(comm, odd.get(comm.rank, parts([0, 1], [2])), initial)  # type: ignore[arg-type]
+    except PeerError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_would_not_train_the_same_are_named() -> None:
+    assert together(3, lambda comm: start(comm, {}, {})) == [""] * 3
+    # The same images, and one client has another of them.
+    (told,) = set(together(4, lambda comm: start(comm, {1: parts([0], [1, 2])}, {})))
+    assert re.search("partition: ranks 0, 2-3: .*\n  partition: rank 1: ", told) and "weights" not in told
+    (told,) = set(together(2, lambda comm: start(comm, {}, {1: -0.0})))
+    assert re.search("initial weights: rank 0: .*\n  initial weights: rank 1: ", told) and "partition" not in told
+
+
+def test_other_versions_alone_are_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    versions = iter([{"torch": "2.4"}, {"torch": "2.13"}])
+    monkeypatch.setattr(federation.runtime, "versions", lambda: next(versions))
+    assert together(2, lambda comm: start(comm, {}, {})) == ["", ""]
+    assert re.search("versions: ranks? .: torch 2.4", caplog.text) and "torch 2.13" in caplog.text
 
 
 class Viewing(nn.Module):

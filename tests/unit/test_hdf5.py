@@ -1,7 +1,9 @@
 """HDF5 files: complete or absent, and no wrong array ever leaves one."""
 
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -252,6 +254,62 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
         assert [entry.name for entry in disk.iterdir()] == ["file.h5"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+NO_LOCKS = """
+#include <errno.h>
+int flock(int file, int operation) { errno = ENOLCK; return -1; }
+"""
+PROGRAM = """
+import numpy as np, sys
+from pathlib import Path
+from feddip_mpi import hdf5, run_folder
+folder = Path(sys.argv[1])
+run_folder.Lock(run_folder.RunFolder(folder))
+hdf5.write(folder / "file.h5", [hdf5.Item("x", np.arange(3))], {})
+with hdf5.open_file(folder / "file.h5") as reader:
+    print(reader.array("x").tolist(), hdf5.read_arrays(folder / "file.h5", ["x"])["x"].tolist())
+"""
+
+
+def test_a_file_system_without_locks_is_warned_of_and_written(tmp_path: Path) -> None:
+    """Some network file systems have none: HDF5 takes some of its own unless it is told not to."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to make a system without locks with")
+    (tmp_path / "no_locks.c").write_text(NO_LOCKS)
+    library = tmp_path / "no_locks.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "no_locks.c"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[0, 1, 2] [0, 1, 2]\n", done.stderr
+    assert "no lock on this file system" in done.stderr
+
+
+FULL = """
+import numpy as np, resource, sys
+from pathlib import Path
+from feddip_mpi import hdf5
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+for _ in range(2):
+    try:
+        hdf5.write(Path(sys.argv[1]) / "file.h5", [hdf5.Item(f"x/{i}", np.arange(300.0)) for i in range(40)], {})
+    except OSError as error:
+        print(hdf5.reason(error))
+"""
+
+
+@pytest.mark.parametrize("room", [1000, 20_000, 90_000])
+def test_no_room_is_told_in_one_line(tmp_path: Path, room: int) -> None:
+    """HDF5 itself would print a traceback for every dataset, and crash when the process ends."""
+    argv = [sys.executable, "-c", FULL, tmp_path, str(room)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n" * 2, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,68 @@ def test_masked_training_equals_a_plain_loop(method: str) -> None:
         assert torch.allclose(state.server.weights, weights, rtol=1e-4, atol=1e-5), t
         assert record["mask_grown"] == 0
     assert int(mask.sum()) == masks.kept_count(prunable, 0.8)
+
+
+def feddip_client(built: Federation, received: Tensor, mask: Tensor, penalty: float, t: int, client: int) -> Tensor:
+    """Training at the pruned weights of the dense ones: the client's update float64 [n]."""
+    c, layout = built.config, built.layout
+    model = deepcopy(built.bound.model).double().train()
+    load(model, received, built)
+    parameters = dict(model.named_parameters())
+    dense = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    kept = dict(zip(layout.prunable_names, layout.views(mask.double()), strict=True))
+    for images, labels in batches(built, t, client):
+        loss = nn.functional.cross_entropy(model(images.double()), labels)
+        loss = loss + penalty * sum(torch.linalg.vector_norm(parameters[name]) for name in kept)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            for (name, parameter), step in zip(parameters.items(), gradients, strict=True):
+                own = kept.get(name, torch.ones(()))
+                step = step if c.feedback else step * own
+                dense[name] -= c.learning_rate * c.learning_rate_decay**t * (step + c.weight_decay * dense[name])
+                parameter.copy_(own * dense[name])
+    tensors = {**dense, **dict(model.named_buffers())}
+    return torch.cat([tensors[name].reshape(-1) for name in layout.names]) - received
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_feddip_equals_a_plain_loop(feedback: bool) -> None:
+    """A penalty that grows, residuals, weights that come back; the mask is cut after the second and the third round."""
+    upload = {"values": "fp32", "regrow": 0.2, "regrow_schedule": "constant"}
+    built = fp32(
+        "feddip", feedback=feedback, rounds=3, model={"name": "test_fedavg:Net"}, upload=upload,
+        mask={"every": 2, "freeze_after": 1.0, "initial": "erk"}, penalty={"maximum": 0.2, "schedule": "linear"},
+    )  # fmt: skip
+    state, prunable = rounds.initial_state(built), built.layout.prunable
+    weights, mask = state.server.weights.double(), state.server.mask
+    residuals = {k: torch.zeros(prunable, dtype=torch.float64) for k in range(5)}
+    grown = 0
+    for t in range(3):
+        chosen = sorted(int(k) for k in stream(1, "participants", t).choice(5, 3, replace=False))
+        total = sum(built.samples[k] for k in chosen)
+        received, moved = weights.clone(), torch.zeros_like(weights)
+        received[:prunable].mul_(mask)
+        for k in chosen:
+            update, travels = feddip_client(built, received, mask, 0.1 * t, t, k), mask.clone()
+            update[:prunable] += residuals[k]
+            if t > 0:
+                travels[update[:prunable].abs().masked_fill(mask, -1).topk(round(0.2 * int(mask.sum()))).indices] = True
+            residuals[k] = update[:prunable] * ~travels
+            update[:prunable].mul_(travels)
+            moved += built.samples[k] / total * update
+        weights = weights + moved
+        if t > 0:
+            keep = prunable - round(prunable * sparsity(built.config.sparsity, t + 1, 3))
+            mask = torch.zeros_like(mask)
+            mask[weights[:prunable].abs().topk(keep).indices] = True
+        record = rounds.play(built, state, plan_round(built.config, t))
+        grown += record["mask_grown"]
+        assert torch.equal(state.server.mask, mask), t
+        assert torch.allclose(state.server.weights.double(), weights, rtol=1e-4, atol=1e-5), t
+        for k, residual in state.held.items():
+            assert torch.allclose(residual.values.double(), residuals[k], rtol=1e-4, atol=1e-5), (t, k)
+        assert {k for k, values in residuals.items() if bool(values.any())} == set(state.held)
+    assert grown > 0 and bool(state.held) == feedback
 
 
 @pytest.mark.parametrize("method", ["feddip", "gradual"])
@@ -654,7 +717,7 @@ def test_prunetrain_counts_the_smaller_network() -> None:
 @pytest.mark.parametrize(
     ("count", "remembers", "expected"),
     [
-        (5, True, ["mean (spread) of the last 5", "server remembers"]),
+        (5, True, ["mean (spread) of the last 5", "server's memory W, without the mask"]),
         (3, False, ["of the last 3 evaluations"]),
         (1, False, []),
     ],
@@ -668,6 +731,26 @@ def test_the_summary_says_only_what_there_was(count: int, remembers: bool, expec
     assert len(rows) == len(expected) and all(part in name for part, (name, _) in zip(expected, rows, strict=True)), (
         rows
     )
+
+
+def test_every_name_of_the_summary_stands_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 80 columns, too: the second line of a name would read as a row without a value."""
+    monkeypatch.setenv("COLUMNS", "80")
+    summary = {
+        "test_accuracy": 0.5, "evaluations_in_mean": 5, "test_accuracy_mean_of_last_5": 0.5, "ranks": 4, "rounds": 5,
+        "test_accuracy_spread_of_last_5": 0.25, "server_remembers": True, "dense_memory_accuracy": 0.75, "sparsity": 0.9,
+        "sparsity_by_layer": {"fc": 0.9}, "upload_bytes": 222_600, "dense_bytes": 3_900_000, "upload_extra_bytes": 9,
+        "upload_bytes_by_kind": dict.fromkeys(("values", "indices", "other", "frame"), 100_000), "received_bytes": 5,
+        "seconds": 30.0,
+    }  # fmt: skip
+    folder = Path("/a/folder/with/a/long/name/for/runs")
+    terminal.show_summary(summary, folder, folder / "run.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, value in terminal._rows(summary, folder, folder / "run.png"):
+        assert any(f"│ {name} " in line and line.split("│")[2].strip() for line in lines), (name, value)
 
 
 def test_prunetrain_refuses_networks_that_are_no_chain() -> None:

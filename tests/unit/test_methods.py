@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from alone import Alone
@@ -15,6 +14,7 @@ from feddip_mpi import checkpoint, codec, config, federation, masks, methods, ro
 from feddip_mpi.errors import Abandoned, InputError, Stopped
 from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
+from feddip_mpi.local import LocalRule
 from feddip_mpi.methods.base import Method
 from feddip_mpi.report import planning, summaries
 from feddip_mpi.saver import FolderSaver
@@ -102,6 +102,28 @@ def test_ranks_change_no_bit_and_no_count(method: str) -> None:
         assert [sum(r[kind] for kind in kinds) for r in records] == [r["upload_bytes"] for r in records]
 
 
+@pytest.mark.parametrize("residual", ["keep", "ef21"])
+def test_a_dense_exchange_ends_close_to_the_others(residual: str) -> None:
+    """Its sums have other last bits; what is trained, cut and counted is the same."""
+    upload = {"values": "fp32", "residual": residual, "regrow": 0.2, "regrow_schedule": "constant"}
+    values: dict[str, Any] = {"upload": upload}
+    expected = rounds.initial_state(alone := build("feddip", **values))
+    records = play(alone, expected)
+    built = [build("feddip", exchange="dense", **values) for _ in range(2)]
+
+    def work(comm: Any) -> tuple[rounds.State, list[dict]]:
+        own = dataclasses.replace(built[comm.rank], comm=comm)
+        begun = rounds.initial_state(own)
+        return begun, play(own, begun)
+
+    (one, told), (other, _) = together(2, work)
+    assert torch.equal(one.server.weights, other.server.weights) and torch.equal(one.server.mask, other.server.mask)
+    assert torch.equal(one.server.mask, expected.server.mask)
+    assert torch.allclose(one.server.weights, expected.server.weights, rtol=1e-4, atol=1e-5)
+    assert [r["upload_bytes"] for r in told] == [r["upload_bytes"] for r in records]
+    assert sum(r["upload_indices_bytes"] for r in told) > 0 and sum(r["mask_pruned"] for r in told) > 0
+
+
 @pytest.mark.parametrize("method", ["ssfl", "prunefl"])
 def test_every_rank_knows_what_all_have_sent_before_the_first_round(method: str) -> None:
     """Whoever dies before the first record takes no count along."""
@@ -168,21 +190,13 @@ def test_resumed_equals_never_stopped(method: str, tmp_path: Path) -> None:
         saver.save(state, history)
         saver.wait()
         found, _ = checkpoint.newest(folder.checkpoints)
-        second = build(method, comm=Broadcasting())
+        second = build(method)
         resumed, _, _ = session._restore(second, found)
         assert set(resumed.memories) == set(state.memories)
         rest = play(second, resumed, stop)
         assert bits([resumed]) == bits([never_stopped])
         for name in ("upload_bytes", "test_loss", "mask_grown", "mask_pruned", "upload_extra_bytes"):
             assert [r[name] for r in history + rest] == [r[name] for r in records]
-
-
-class Broadcasting(Alone):
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def broadcast_array(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -333,6 +347,23 @@ def test_what_a_method_of_ones_own_does_wrong_is_said(thing: str, monkeypatch: p
     built = build("test_methods:Wrong")
     with pytest.raises(InputError, match=f"^method: its {thing}.* correct the class"):
         play(built, rounds.initial_state(built))
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_clients_train_as_configured(method: str) -> None:
+    keys = {
+        "seed": 7, "local_epochs": 3, "batch_size": 5, "weight_decay": 0.25, "proximal": 0.5, "feedback": False,
+        "penalty": {"norm": "l1"}, "precision": "bf16", "clients_at_once": 2,
+        "data": {"name": "synthetic", "augment": "standard", "synthetic": {"shape": [2, 6, 6], "train_samples": 90}},
+    }  # fmt: skip
+    expected = LocalRule(
+        seed=7, epochs=3, batch_size=5, weight_decay=0.25, feedback=method in DENSE, penalty_norm="l1",
+        proximal=0.5 if method == "fedprox" else 0.0, augment="standard", precision="bf16",
+    )  # fmt: skip
+    built = build(method, **keys)
+    assert built.method.local_rule() == expected
+    assert [trainer.rule for trainer in built.trainers.all] == [expected] * 2
+    assert build(method).trainer.rule.feedback == (method in ("feddip", *DENSE))
 
 
 def test_every_method_says_what_it_does() -> None:

@@ -204,3 +204,24 @@ def test_what_went_up_besides_updates_is_counted_once(
     record = {**dict(zip(names, kinds, strict=True)), "upload_extra_bytes": extra, "upload_bytes": total}
     assert metrics.bytes_besides(record) == besides
     assert sum(kinds) + besides == total
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "counted"),
+    [
+        ([0.0, 0.853, 0.853, 0.946, 0.95, 0.95], [5, 6]),  # a short run: models before its last cuts are others
+        ([0.0, *[0.95] * 6], [3, 4, 5, 6, 7]),  # five at most
+        ([0.0, 0.9], [2]),
+        ([0.0] * 3, [1, 2, 3]),  # dense
+        (
+            [0.97952, 0.97952, 0.97994, 0.97994, 0.98],
+            [1, 2, 3, 4, 5],
+        ),  # 100 rounds without a frozen end, rounds 92 to 100
+        ([0.8, 0.9, 0.8], [1, 3]),  # a mask that grows
+        ([], []),
+    ],
+)
+def test_the_last_mean_is_of_one_sparsity(sparsities: list[float], counted: list[int]) -> None:
+    history = [{"round": t, "sparsity": share, "test_accuracy": t / 10} for t, share in enumerate(sparsities, start=1)]
+    history.insert(1, {"round": 0, "sparsity": 0.5, "test_accuracy": None})  # a round without an evaluation
+    assert metrics.last_accuracies(history) == [t / 10 for t in counted]

@@ -1,5 +1,6 @@
 """What survivors take over from a dead rank: residuals from the checkpoint or not at all, and what is said to be lost."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from alone import Alone
+from together import together
 
-from feddip_mpi import checkpoint, config, federation, recovery, rounds, run_folder
+from feddip_mpi import checkpoint, config, exchange, federation, recovery, rounds, run_folder
 from feddip_mpi.federation import Federation
 from feddip_mpi.recovery import NOBODY
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
+from feddip_mpi.server import Server
 
 SAVED, DONE = 3, 5
 
@@ -112,6 +115,33 @@ def test_survivors_at_different_rounds_cannot_go_on(tmp_path: Path, monkeypatch:
     state, history, saved = played(built, tmp_path)
     monkeypatch.setattr(built.comm, "gather", lambda row: np.stack([row, row - 1]), raising=False)
     assert recovery.take_over(built, state, history, saved) is None
+
+
+def test_what_is_owed_goes_to_the_new_owners_of_the_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are cut by the bytes of what clients send, whatever the sums travel as."""
+    monkeypatch.setattr(exchange, "_GRANULE", 1)
+    built = build(values="int8")
+    built = dataclasses.replace(
+        built, config=config.override(built.config, ["exchange=sharded", "download.values=int4"])
+    )
+    everything = torch.ones(built.layout.prunable, dtype=torch.bool)
+    state = dataclasses.replace(rounds.initial_state(built), server=Server.of(1, built.initial, everything))
+    support, size = state.server.support, built.layout.size
+    owed = torch.arange(1.0, support.count + 1)
+
+    def cut(ranks: int, rank: int, kind: str = "int8") -> torch.Tensor:
+        return exchange.own_part(owed, support, size, ranks, rank, kind)
+
+    def survive(comm: Any) -> torch.Tensor:
+        before = dataclasses.replace(state, owed=cut(3, comm.rank), holders=[0] * 12)
+        found = recovery.take_over(dataclasses.replace(built, comm=comm), before, [], None)
+        assert found is not None and found[1].owed
+        return found[0].owed
+
+    after, known = together(2, survive), cut(3, 0) + cut(3, 1)
+    assert bool(cut(3, 2).any()) and not torch.equal(cut(2, 0), cut(2, 0, "int4"))
+    for rank in range(2):
+        assert torch.equal(after[rank], torch.where(cut(2, rank) > 0, known, 0.0))
 
 
 def test_holders_are_renumbered() -> None:

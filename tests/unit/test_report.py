@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -14,8 +16,9 @@ import made_runs
 import numpy as np
 import pytest
 
+from feddip_mpi import metrics
 from feddip_mpi.errors import InputError
-from feddip_mpi.report import drawing, figures, page, runs, summaries, tables
+from feddip_mpi.report import accuracy_figures, drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.sweep import labels
@@ -38,6 +41,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "deeper" / "good too", seed=2)
     made_runs.make(tmp_path / "twin")
     made_runs.make(tmp_path / "stopped", finished=False)
+    made_runs.fail(made_runs.make(tmp_path / "failed", finished=False), "x\n  y: z")
     at_work = RunFolder(made_runs.make(tmp_path / "at work", finished=False))
     short = made_runs.make(tmp_path / "short") / "metrics.jsonl"
     short.write_text("".join(short.read_text().splitlines(True)[:2]))
@@ -51,6 +55,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     (tmp_path / "_sweep").mkdir()
+    made_runs.fail(at_work.path)  # in an earlier start
     lock = Lock(at_work)
     found = runs.find([tmp_path, tmp_path / "good"])
     lock.release()
@@ -59,6 +64,7 @@ def test_every_folder_is_used_or_listed_with_its_reason(tmp_path: Path) -> None:
     expected = {
         "twin": "the same configuration and seed as",
         "stopped": "unfinished: 3 of 3 rounds (`feddip-mpi resume` goes on)",
+        "failed": "failed after 3 of 3 rounds: error: x y: z",
         "at work": "unfinished: 3 of 3 rounds (at work: process",
         "short": "damaged: metrics.jsonl has 2 rounds, finished.json says 3",
         "torn": "damaged: metrics.jsonl cannot be read",
@@ -169,9 +175,19 @@ def test_groups_and_spreads(study: Path) -> None:
     assert dense.accuracy == Spread(pytest.approx(0.82), pytest.approx(0.80), pytest.approx(0.84), 2)
     assert mild.against is made[0]
     assert mild.accuracy_difference == pytest.approx(0.71 - 0.82)
-    assert hard.accuracy.high == pytest.approx(0.62) and hard.last5.mean == pytest.approx(0.51)
+    assert hard.accuracy.high == pytest.approx(0.62) and hard.last5.mean == pytest.approx(0.56)
     assert mild.times_fewer_bytes == pytest.approx(10) and mild.time_ratio == pytest.approx(2 / 3)
     assert mild.seconds == Spread(6.0, 6.0, 6.0, 2)
+
+
+def test_the_mean_of_the_last_evaluations_is_of_one_sparsity(tmp_path: Path) -> None:
+    """Also of a run whose summary is of a version that took all five: its first model is dense."""
+    old = made_runs.make(tmp_path / "run", accuracy=0.7)
+    change(old, finished__test_accuracy_mean_of_last_5=0.6, finished__evaluations_in_mean=3)
+    (group,) = groups_of(tmp_path)
+    (line,) = summaries.lines([group])
+    assert line.last5.mean == pytest.approx((0.6 + 0.7) / 2)
+    assert summaries.last_evaluations([group]) == "last 2 evaluations"
 
 
 def test_a_mean_lies_between_the_lowest_and_the_highest() -> None:
@@ -179,6 +195,72 @@ def test_a_mean_lies_between_the_lowest_and_the_highest() -> None:
     for value in np.linspace(0, 1, 1001):
         spread = Spread.of([value] * 3)
         assert spread.low <= spread.mean <= spread.high == value
+
+
+def drawn(folder: Path, draw: figures.Draw) -> drawing.Picture:
+    pytest.importorskip("matplotlib")
+    made = groups_of(folder)
+    with drawing.style():
+        picture = draw(made, drawing.Look(made))
+    assert picture is not None
+    picture.figure.draw_without_rendering()
+    return picture
+
+
+@pytest.mark.parametrize("draw", [figures.mask_churn, figures.pruning_error])
+def test_what_stands_beside_small_panels_is_no_taller_than_they(draw: figures.Draw, tmp_path: Path) -> None:
+    made_runs.make(tmp_path / "run")
+    picture = drawn(tmp_path, draw)
+    (upper, _) = picture.figure.subfigs
+    panel = upper.axes[0].get_window_extent()
+    if upper._supylabel is not None:
+        assert upper._supylabel.get_window_extent().height < panel.height
+    ticks = [label.get_window_extent() for label in upper.axes[0].get_yticklabels()]
+    assert all(low.y1 <= high.y0 + 2 for low, high in itertools.pairwise(ticks)), "numbers lie on each other"
+    assert upper.legends[0].get_title().get_text().startswith("scale: logarithmic, linear up to")
+
+
+def test_accuracy_by_round_shows_all_of_the_seeds(tmp_path: Path) -> None:
+    """The band is inside the panel, and the number beside the curve says that it is no end of it."""
+    for seed, accuracy in ((1, 0.9), (2, 0.5)):
+        made_runs.make(tmp_path / f"s{seed}", seed, accuracy)
+    panel = drawn(tmp_path, figures.accuracy_by_round).figure.subfigs[0].axes[0]
+    low, high = panel.get_ylim()
+    assert low < 0.3 and high > 0.9
+    assert [text.get_text() for text in panel.texts] == ["last 2: 0.650"]
+
+
+def said_below(picture: drawing.Picture, made: list[Group]) -> str:
+    """What stands under the panels, and the line about the runs."""
+    whole = drawing.finish(picture, "", drawing.footer_of({made[0].hardware[0]: "A"})).figure
+    label = whole.subfigs[0]._supxlabel
+    return "\n".join([label.get_text() if label else "", *(text.get_text() for text in whole.subfigs[1].texts)])
+
+
+def test_captions_name_only_what_there_is(study: Path, tmp_path: Path) -> None:
+    """No range and no dense line where there is one seed and no dense run; the same names in pictures and words."""
+    skewed = {"data.partition": "dirichlet", "local_epochs": 1, "participants": 1, "clients": 1}
+    made_runs.make(tmp_path / "one", accuracy=0.1, keys=skewed)
+    (alone,) = groups_of(tmp_path)
+    assert alone.heading == "lenet5 on synthetic, Dirichlet(0.5), 3 rounds, 1 of 1 client a round, 1 local epoch"
+    picture = drawn(tmp_path, accuracy_figures.accuracy_by_method)
+    assert picture.alternative == "FedDIP 0.9: 0.050."
+    below = said_below(picture, [alone])
+    assert below.startswith("accuracy, mean of the last evaluations\n1 run in ") and "seed 1\n" in below
+    assert not any(word in below for word in ("dense", "dashed", "mean of the seeds"))
+    both = drawn(study, accuracy_figures.accuracy_by_method)
+    below = said_below(both, groups_of(study))
+    assert "; dashed: FedAvg (dense)\n" in below and drawing.SPREAD in below
+    assert both.alternative.startswith("FedAvg dense: 0.720 (0.700 to 0.740); FedDIP 0.9: ")
+    churn = drawn(study, figures.mask_churn)
+    assert churn.alternative.startswith(
+        "Weights at all updates together: FedDIP 0.9 30 pruned, 10 grown; FedDIP 0.95 30"
+    )
+    made = groups_of(study)
+    with drawing.style():
+        overview = accuracy_figures.overview({"iid": made}, drawing.Look(made))
+    assert overview is not None and overview.alternative.startswith("IID: FedAvg dense: ")
+    assert overview.figure.subfigs[0].axes[0].get_ylabel() == "accuracy,\nmean of the last evaluations"
 
 
 def test_runs_that_stay_at_chance_are_drawn(tmp_path: Path) -> None:
@@ -228,6 +310,20 @@ def test_totals_phases_clients(study: Path) -> None:
     assert summaries.peak(mild, "host_memory_bytes").mean == 10**8 + 3
 
 
+def test_bytes_by_kind_are_the_uploads_of_the_table(tmp_path: Path) -> None:
+    """Control messages, which each rank sends whatever the method, are no part of them."""
+    change(made_runs.make(tmp_path / "run"), control_bytes=5000)
+    picture = drawn(tmp_path, figures.bytes_by_kind)
+    (left, _), (line,) = picture.figure.subfigs[0].axes, summaries.lines(picture.groups)
+    assert list(left.lines[0].get_xdata()) == [line.upload_bytes.mean] == [300]
+    assert left.get_xlabel() == "uploaded in all rounds"
+    assert [text.get_text() for text in picture.figure.subfigs[0].legends[0].get_texts()] == [
+        "upload values",
+        "upload frame",
+    ]
+    assert "control messages, 15.0 kB with FedDIP 0.9" in picture.alternative
+
+
 def test_seeds_on_unlike_hardware_have_no_mean_of_seconds(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "a", 1)
     made_runs.make(tmp_path / "b", 2, processor="CPU Y", seconds=9.0)
@@ -264,6 +360,69 @@ def test_variants_are_told_apart_by_what_is_not_the_default(tmp_path: Path) -> N
     )
 
 
+def test_what_is_not_the_same_for_all_methods_is_said(tmp_path: Path) -> None:
+    """The methods' own keys are what is compared; what the labels of one method tell apart counts for it too."""
+    shared = {"learning_rate": 0.2}
+    for number, method in enumerate(("gradual", "snip", "ssfl")):
+        made_runs.make(
+            tmp_path / method, keys=shared | {"method": method, "upload.values": "fp32", "mask.every": number + 1}
+        )
+    made_runs.make(tmp_path / "feddip", keys=shared | {"penalty.maximum": 0.5})
+    made = groups_of(tmp_path)
+    expected = ["upload.values (FedDIP: int4; the others: fp32)"]
+    assert summaries.unequal(made) == expected
+    made_runs.make(tmp_path / "skewed", keys=shared | {"penalty.maximum": 0.5, "data.partition": "dirichlet"})
+    assert summaries.unequal(groups_of(tmp_path)) == expected  # a method may have partitions of its own
+    letters = {made[0].hardware[0]: "A"}
+    (said,) = [text for text in summaries.warnings(made, letters) if "not the same for all methods" in text]
+    assert said.endswith(f"not the same for all methods: {expected[0]}")
+    assert f"Not the same for all methods: {expected[0]}." in tables.to_latex(summaries.lines(made), letters)
+    ((name, family),) = summaries.families(made).items()
+    assert tables.to_markdown(name, family).endswith(f"Not the same for all methods: {expected[0]}.\n")
+    made_runs.make(tmp_path / "other", keys={"precision": "bf16", "penalty.maximum": 0.5})
+    assert summaries.unequal(groups_of(tmp_path)) == [
+        "learning_rate (FedDIP: 0.1, 0.2; the others: 0.2)", *expected, "precision (FedDIP: bf16, fp32; the others: fp32)",
+    ]  # fmt: skip
+    made_runs.make(tmp_path / "alone" / "one")
+    assert summaries.unequal_text(groups_of(tmp_path / "alone")) == ""
+
+
+def plain_grid(folder: Path) -> None:
+    """What `method: [fedavg, feddip]` by `sparsity.final: [0.5, 0.9]` made when FedAvg ran once for each sparsity."""
+    for share in (0.5, 0.9):
+        dense = {"method": "fedavg", "upload.values": "fp32", "sparsity.final": share}
+        made_runs.make(folder / f"fedavg-{share}", 1, 0.8, keys=dense, sparsity=0.0, upload=1000)
+        made_runs.make(folder / f"feddip-{share}", 1, 0.7, keys={"sparsity.final": share}, sparsity=share)
+
+
+def test_a_method_without_a_mask_is_one_group_for_all_sparsities(tmp_path: Path) -> None:
+    plain_grid(tmp_path)
+    found = runs.find([tmp_path])
+    ((twin, reason),) = [(item.path.name, item.reason) for item in found.left_out]
+    assert twin == "fedavg-0.9" and reason.endswith("fedavg-0.5, but for what fedavg does not look at (sparsity.final)")
+    made = summaries.groups(found.runs)
+    assert [group.title for group in made] == ["fedavg dense", "feddip 0.5", "feddip 0.9"]
+    assert all(line.times_fewer_bytes == pytest.approx(10) for line in summaries.lines(made)[1:])
+    ((name, family),) = summaries.families(made).items()
+    assert "| FedAvg (dense) | 0.7000<br>3.0 kB | 0.7000<br>3.0 kB |" in tables.to_markdown(name, family)
+
+
+def test_yardsticks_with_equal_results_are_one_and_others_are_named(tmp_path: Path) -> None:
+    dense = {"method": "fedavg", "upload.values": "fp32"}
+    letters = {runs.load(made_runs.make(tmp_path / "pruned")).hardware: "A"}
+    (missing,) = summaries.warnings(groups_of(tmp_path), letters)
+    assert "no dense FedAvg, so nothing" in missing and "method: fedavg and upload.values: fp32" in missing
+    made_runs.make(tmp_path / "one", 1, 0.8, keys=dense, sparsity=0.0)
+    made_runs.make(tmp_path / "at once", 1, 0.8, keys=dense | {"clients_at_once": 2}, sparsity=0.0)
+    assert summaries.dense_of(groups_of(tmp_path)) is not None
+    assert not any("FedAvg" in text for text in summaries.warnings(groups_of(tmp_path), letters))
+    made_runs.make(tmp_path / "faster", 1, 0.9, keys=dense | {"learning_rate": 0.3}, sparsity=0.0)
+    assert summaries.dense_of(groups_of(tmp_path)) is None
+    (several,) = [text for text in summaries.warnings(groups_of(tmp_path), letters) if "FedAvg" in text]
+    assert "several dense FedAvgs" in several and "report the runs of one alone" in several
+    assert all(name in several for name in ("one", "at once", "faster"))
+
+
 def test_a_sweep_names_its_methods(tmp_path: Path) -> None:
     made_runs.make(tmp_path / "cell-1", keys={"mask.initial": "erk"})
     (tmp_path / "_sweep").mkdir()
@@ -289,6 +448,26 @@ def test_csv_holds_every_number(study: Path) -> None:
     ).items()
 
 
+def test_every_number_of_a_round_is_in_a_table(study: Path, tmp_path: Path) -> None:
+    made = groups_of(study)
+    scalars = {name for name, field in metrics.FIELDS.items() if field.kind in ("int", "float")}
+    assert {row["name"] for row in tables.round_rows(made)} == scalars - {"round"}
+    of_layers = [row for row in tables.layer_rows(made) if (row["method"], row["sparsity"]) == ("feddip", 0.95)]
+    assert [(row["layer"], row["round"], row["mean"]) for row in of_layers[2:4]] == [
+        ("conv.weight", 3, 0.0), ("fc.weight", 1, 0.95),
+    ]  # fmt: skip
+    of_clients = [row for row in tables.client_rows(made) if (row["sparsity"], row["seed"]) == (0.95, 2)]
+    assert [(row["round"], row["client"], row["accuracy"]) for row in of_clients[:4]] == [
+        (1, 0, 0.1), (1, 2, 0.5), (1, 3, 0.9), (2, 0, 0.1),
+    ]  # fmt: skip
+    assert tables.partition_rows(made) == []
+    run = dataclasses.replace(made[0].runs[0], histogram=np.array([[3, 0], [1, 2]]), class_names=("a", "b"))
+    rows = tables.partition_rows([Group("task", "fedavg", 0.0, "", (run,)), *made[1:]])
+    assert [tuple(row.values())[1:] for row in rows] == [
+        (1, 0, 0, "a", 3), (1, 0, 1, "b", 0), (1, 1, 0, "a", 1), (1, 1, 1, "b", 2),
+    ]  # fmt: skip
+
+
 def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study: Path, tmp_path: Path) -> None:
     dense = {"method": "fedavg", "upload.values": "fp32", "sparsity.initial": 0, "sparsity.final": 0}
     skewed = {"data.partition": "dirichlet"}
@@ -306,14 +485,16 @@ def test_markdown_has_a_row_a_method_and_a_column_a_partition_and_sparsity(study
         "|---|---|---|---|",
         "| FedAvg (dense) | 0.7200 (0.7000 to 0.7400)<br>3.0 kB | 0.7200 (0.7000 to 0.7400)<br>3.0 kB "
         "| 0.7000 (seed 1)<br>3.0 kB |",
-        "| FedDIP | 0.6100 (0.6000 to 0.6200)<br>300 B, 10 x | 0.5100 (0.5000 to 0.5200)<br>300 B, 10 x "
-        "| 0.6000 (seed 1)<br>300 B, 10 x |",
+        "| FedDIP | 0.6600 (0.6500 to 0.6700)<br>300 B, 10 x | 0.5600 (0.5500 to 0.5700)<br>300 B, 10 x "
+        "| 0.6500 (seed 1)<br>300 B, 10 x |",
         "",
         "Ended beside the sparsity asked for: FedDIP 0.9012.",
+        "",
+        "Not the same for all methods: upload.values (FedAvg: fp32; FedDIP: int4).",
     ]  # fmt: skip
     assert (
-        "mean of the last 3 evaluations: mean of the seeds 1, 2 (lowest to highest), or those that a cell names;"
-        in text
+        f"mean of the last 2 to 3 evaluations ({summaries.AS_SPARSE}): mean of the seeds 1, 2 (lowest to highest), or those "
+        "that a cell names;" in text
     )
 
 
@@ -343,6 +524,32 @@ def test_a_method_that_does_not_learn_does_not_set_the_scale() -> None:
     assert drawing.whole_scale([0.1, 0.85, 0.86, 0.88, 0.89]) == (0.85, 0.89)
     assert drawing.whole_scale([0.7, 0.9]) == (0.7, 0.9)
     assert drawing.whole_scale([0.5]) == (0.5, 0.5)
+
+
+def test_figures_show_the_mean_of_the_last_evaluations(study: Path) -> None:
+    """The last one alone is higher in every run."""
+    pytest.importorskip("matplotlib")
+    groups = groups_of(study)
+    with drawing.style():
+        picture = accuracy_figures.accuracy_by_sparsity(groups, drawing.Look(groups))
+    assert picture is not None
+    (panel,) = picture.figure.axes
+    (points,) = panel.containers
+    assert points.lines[0].get_ydata() == pytest.approx([0.66, 0.56])
+    assert panel.lines[0].get_ydata() == pytest.approx([0.72, 0.72])  # the dense one
+
+
+def test_seconds_are_shown_of_the_hardware_that_most_groups_ran_on(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for place, processor in enumerate("AABA"):
+        made_runs.make(tmp_path / str(place), processor=processor, keys={"sparsity.final": 0.6 + 0.1 * place})
+    groups = groups_of(tmp_path)
+    other = groups[2]
+    assert accuracy_figures.same_hardware(groups) == [group for group in groups if group is not other]
+    with drawing.style():
+        picture = accuracy_figures.accuracy_by_seconds(groups, drawing.Look(groups))
+    assert picture is not None and other not in picture.groups
+    assert picture.alternative.endswith(f"Left out, because they ran on other hardware: {other.title}.")
 
 
 def test_looks_are_apart_and_the_same_in_every_report(study: Path) -> None:
@@ -487,11 +694,11 @@ def test_files_beside_the_page(written: Path) -> None:
     assert len(pictures) == len(list((written / "figures").glob("*.pdf"))) >= 16
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     assert {path.name for path in (written / "tables").iterdir()} == {
-        "summary.csv", "summary.tex", "summary.md", "runs.csv", "rounds.csv", "left-out.csv",
+        "summary.csv", "summary.tex", "summary.md", "runs.csv", "rounds.csv", "layers.csv", "clients.csv", "left-out.csv",
     }  # fmt: skip
     text = (written / "tables" / "summary.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
-    assert r"0.7100 (0.7000 to 0.7200) & 0.6100 (0.6000 to 0.6200) & -11.00" in text
+    assert r"0.7100 (0.7000 to 0.7200) & 0.6600 (0.6500 to 0.6700) & -11.00" in text
     assert {line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")} == {9}  # a cell a column
 
 
@@ -510,13 +717,18 @@ def test_unlike_hardware_is_told_on_the_page(
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(
-    written: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(figures, "of_setting", lambda *_: iter(()))  # drawing takes seconds
     old = written / "figures" / "99-old.png"
     old.write_bytes(b"")
     page.report([str(study / "feddip-0.9-1")], str(written))
     assert not old.exists() and "1 run compared" in (written / page.PAGE).read_text()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"replaced: the report that was in {written}; of its runs these are not in the new one: ")
+    assert str(study / "fedavg-1") in said and "feddip-0.9-1" not in said
+    page.report([str(study / "feddip-0.9-1")], str(written))
+    assert "replaced" not in capsys.readouterr().err
     assert not (written / "tables" / "left-out.csv").exists()
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="holds files that are no report"):

@@ -72,3 +72,11 @@ def test_prunefls_removable_share_is_rounded_down() -> None:
     value, old = torch.tensor([3.0, 2, 1, 5, 9]), torch.tensor([1, 1, 1, 1, 0], dtype=torch.bool)
     assert prunefl.not_removable(value, old, [3, 2], 0.3, None).tolist() == [True] * 4 + [False]
     assert prunefl.not_removable(value, old, [3, 2], 0.4, None).tolist() == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("method", RETURNING)
+def test_a_run_that_would_end_with_untrained_weights_says_so(method: str) -> None:
+    late, early = (fp32(method, rounds=4, mask={"every": 2, "freeze_after": share}).method for share in (1.0, 0.75))
+    assert early.caution() is None
+    assert (late.caution() is None) == (method == "feddst")  # what enters there has been trained by its clients
+    assert late.caution() is None or "mask.freeze_after=1: the last mask update ends the last round" in late.caution()

@@ -8,16 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from alone import Alone
+from test_methods import build
 
-from feddip_mpi import runtime, session
+from feddip_mpi import rounds, runtime, session
 from feddip_mpi.errors import InputError
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
+from feddip_mpi.stopping import StopFlag
 
 STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
@@ -38,6 +42,9 @@ STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_L
         ("mpirun -n 1 on nodes of a larger job", 1, {**STEP, "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}),
         ("mpiexec -n 1 on nodes of a larger job", 1, {**STEP, "PMI_SIZE": "1", "PMI_RANK": "0"}),
         ("mpirun in sbatch: the daemon's Slurm variables", 4, {**STEP, "OMPI_COMM_WORLD_SIZE": "4"}),
+        ("mpirun -n 2 inside srun -n 4", 2, {**STEP, "OMPI_COMM_WORLD_SIZE": "2"}),
+        ("mpiexec -n 2 inside srun -n 4", 2, {**STEP, "PMI_SIZE": "2"}),
+        ("srun of two parts with 4 tasks each, which count by themselves", 8, {**STEP, "SLURM_STEP_NUM_TASKS": "4"}),
     ],
 )
 def test_good_launches_are_accepted(what: str, size: int, environment: dict[str, str]) -> None:
@@ -56,8 +63,16 @@ def test_good_launches_are_accepted(what: str, size: int, environment: dict[str,
     ],
 )
 def test_launches_of_lonely_processes_are_refused(what: str, environment: dict[str, str]) -> None:
-    with pytest.raises(InputError, match="4 (tasks|ranks).* MPI sees 1.*mpirun"):
+    with pytest.raises(InputError, match="4 (tasks|ranks).* MPI sees 1 rank:.*mpirun"):
         runtime.check_launch(1, environment)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"OMPI_COMM_WORLD_SIZE": "8"}, {"PMI_SIZE": "8"}, {**STEP, "SLURM_NTASKS": "8"}]
+)
+def test_a_launch_that_falls_into_two_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="8 (tasks|ranks).* MPI sees 4 ranks:.*mpirun"):
+        runtime.check_launch(4, environment)
 
 
 @pytest.mark.parametrize(
@@ -75,37 +90,6 @@ def test_launches_of_lonely_processes_are_refused(what: str, environment: dict[s
 )
 def test_local_rank_table(what: str, rank: int, environment: dict[str, str], expected: int) -> None:
     assert runtime.local_rank(rank, 2, environment) == expected
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in runtime.STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
-def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals, handlers: None) -> None:
-    flag = runtime.StopFlag()
-    flag.install()
-    assert not flag.requested
-    os.kill(os.getpid(), number)
-    assert flag.requested
-    assert flag.name == number.name
-
-
-def test_a_second_interrupt_does_not_wait_for_the_round(handlers: None) -> None:
-    flag = runtime.StopFlag()
-    flag.install()
-    os.kill(os.getpid(), signal.SIGUSR1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_batch_systems_can_stop_a_run() -> None:
-    assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} <= set(runtime.STOP_SIGNALS)
 
 
 def test_prepare_mpi_leaves_a_choice_of_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +206,23 @@ def test_a_processor_is_named_with_its_vectors_and_asked_for_bf16(
     assert runtime.lacks_bf16() == lacks
 
 
+@pytest.mark.parametrize(
+    ("precision", "lacks", "owner", "said"),
+    [("bf16", True, True, True), ("bf16", False, True, False), ("fp32", True, True, False), ("bf16", True, False, False)],
+)  # fmt: skip
+def test_bf16_that_is_emulated_is_told_once(
+    precision: str, lacks: bool, owner: bool, said: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(runtime, "lacks_bf16", lambda: lacks)
+    monkeypatch.setattr(session, "_play_on", lambda *_: None)
+    watchdog: Any = None
+    run = session.Run(RunFolder(tmp_path), StopFlag(), ExitStack(), watchdog, owner)
+    built = build("feddip", precision=precision)
+    session._play(built, run, rounds.initial_state(built), [])
+    assert ("bf16 is emulated by this CPU" in caplog.text) == said
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_batch_system_s_limit_is_the_memory_that_is_free(tmp_path: Path, version: int) -> None:
     """The job's group has the limit, the step's below it has none; file pages can be given back."""
@@ -304,6 +305,29 @@ def test_a_deadline_ends_the_process_and_says_what_it_waited_for() -> None:
     assert "waiting for nobody took more than 0.1 s" in done.stderr and "resume" in done.stderr
     with runtime.deadline(60, "nothing"):
         pass
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_deadline_ends_a_process_that_cannot_say_why(blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stderr is a full disk, or a pipe that nobody reads and that is full."""
+    code = """
+import os, time
+from feddip_mpi import runtime
+runtime._LAST_WORDS_SECONDS = 0.5
+os.set_blocking(2, False)
+try:
+    while os.write(2, bytes(4096)): pass
+except OSError: pass
+os.set_blocking(2, True)
+with runtime.deadline(0.1, "waiting for nobody"): time.sleep(60)
+"""
+    reading, writing = os.pipe()
+    with open("/dev/full", "wb") as full:
+        stderr = writing if blocked else full
+        done = subprocess.run([sys.executable, "-c", code], stderr=stderr, timeout=50, check=False)
+    os.close(reading)
+    os.close(writing)
+    assert done.returncode == 1
 
 
 def test_tf32_without_a_gpu_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +415,7 @@ WATCHED = """
 import os, time
 from feddip_mpi import runtime
 runtime._LATE = 0.5
-dog = runtime.Watchdog(2.0, 0, os._exit)
+dog = runtime.Watchdog(2.0, 0, lambda code, say_why: (say_why(), os._exit(code)))
 dog.enter("train", 0)
 print("watched", flush=True)
 time.sleep(1)

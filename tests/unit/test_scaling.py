@@ -7,15 +7,19 @@ import io
 import json
 import re
 import shlex
+import signal
 import subprocess
-from dataclasses import replace
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from feddip_mpi import config, metrics, runtime, scaling, study
-from feddip_mpi.errors import FeddipError, InputError
+from feddip_mpi import config, metrics, run_folder, runtime, scaling, study
+from feddip_mpi.errors import FeddipError, InputError, Stopped
 from feddip_mpi.report import scaling as report
 from feddip_mpi.report import scaling_plots
 from feddip_mpi.scaling import Model, Place, Point, Work
@@ -294,6 +298,19 @@ def test_a_study_grows_and_keeps_its_configuration(tiny: Path, tmp_path: Path) -
         study.load(folder)
 
 
+def test_commands_that_extend_a_study_together_lose_no_cells(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    study.prepare(str(tiny), [], Settings(ranks=(1,)), str(out))
+    other = threading.Thread(target=study.prepare, args=(str(tiny), [], Settings(ranks=(2,)), str(out)))
+    with run_folder.alone(out / study._LOCK):  # as a command that has read what is there, and writes it a moment later
+        before = study.load(out)
+        other.start()
+        other.join(0.3)
+        (out / "study.json").write_text(json.dumps({**asdict(before), "ranks": [1, 4]}))
+    other.join(60)
+    assert study.load(out).ranks == (1, 2, 4)
+
+
 def test_a_failed_run_does_not_stop_the_rest(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The launcher fails on 2 ranks and marks the others as finished: they are not started again."""
     launcher = tmp_path / "launcher.sh"
@@ -310,6 +327,48 @@ def test_a_failed_run_does_not_stop_the_rest(tiny: Path, tmp_path: Path, capsys:
     started = (tmp_path / "launcher.sh.log").read_text().splitlines()
     assert [line.split()[2] for line in started] == ["1:", "2:", "4:", "1:", "2:", "4:", "2:", "2:"]
     assert "participants=2" in started[2] and "participants=4" in started[5]  # strong keeps K, weak has one a rank
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_launcher_as_usr1_and_ends_the_study(
+    number: signal.Signals, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher sends the signal itself, as soon as it is waited for."""
+    passing_on, ready, launcher = study._passing_on, tmp_path / "ready", tmp_path / "launcher.sh"
+    launcher.write_text(
+        "trap 'echo heard USR1; exit 75' USR1\ntrap 'echo heard TERM; exit 1' TERM\n"
+        f"until [ -e {shlex.quote(str(ready))} ]; do sleep 0.01; done\nkill -{int(number)} $PPID\n"
+        "for i in $(seq 300); do sleep 0.01; done\n"
+    )
+
+    @contextmanager
+    def announced(process: subprocess.Popen[bytes]) -> Iterator[list[str]]:
+        with passing_on(process) as stopped:
+            ready.touch()
+            yield stopped
+
+    def ignored(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(study, "_passing_on", announced)
+    settings = Settings(ranks=(1, 2), kinds=("strong",), launcher=f"sh {shlex.quote(str(launcher))} {{ranks}}")
+    folder = study.prepare(str(tiny), [], settings, str(tmp_path / "study"))
+    before = signal.signal(number, ignored)
+    try:
+        with pytest.raises(Stopped, match=f"study stopped by {number.name}; the same command goes on"):
+            study.run(folder, settings)
+        assert signal.getsignal(number) is ignored
+    finally:
+        signal.signal(number, before)
+    assert (folder / "strong-1.log").read_text() == "heard USR1\n" and not (folder / "strong-2.log").exists()
+
+
+def test_strong_runs_differ_where_a_number_of_theirs_does() -> None:
+    one, other = [record(1, 4, 2.0, train_loss=0.5)], [record(2, 4, 1.0, train_loss=0.5)]
+    changed = [{**other[0], "train_loss": 0.5000001}]
+    assert study._same_results({"strong-1": one, "strong-2": other, "weak-2": changed}) is True
+    assert study._same_results({"strong-1": one, "strong-2": changed}) is False
+    assert study._same_results({"strong-1": one, "weak-1": one}) is None
 
 
 def test_the_script_sets_what_the_batch_script_reads(tiny: Path, tmp_path: Path) -> None:

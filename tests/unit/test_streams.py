@@ -1,12 +1,18 @@
 """Random streams: pure functions of what they are for."""
 
 import itertools
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_methods import build
 
+from feddip_mpi import config, rounds
+from feddip_mpi.data import partition
+from feddip_mpi.schedules import participants
+from feddip_mpi.settings import DataConfig
 from feddip_mpi.streams import stream, torch_seed
 
 COUNTERS = st.integers(0, 2**31)
@@ -43,3 +49,35 @@ def test_streams_are_not_correlated() -> None:
 @pytest.mark.parametrize("seed", [0, 5, 2**63 - 1])
 def test_torch_seed_is_one_that_torch_takes(seed: int) -> None:
     assert 0 <= torch_seed(seed, "initial weights") < 2**63
+
+
+# A run that was begun with one version is resumed with another: what a configuration draws never changes.
+
+
+def test_streams_stay_as_they_are() -> None:
+    assert stream(1, "batches", 3, 2).bytes(8).hex() == "a50ba91fb47f5992"
+    assert stream(2**63 - 1, "partition").bytes(8).hex() == "879a1f863d3a00b5"
+    assert torch_seed(1, "initial weights") == 7311168383385588658
+
+
+def test_participants_and_initial_masks_stay_as_they_are() -> None:
+    chosen = config.validate({"clients": 50, "participants": 5})
+    assert [participants(chosen, t) for t in (0, 1)] == [(3, 6, 11, 32, 40), (7, 12, 22, 25, 31)]
+    mask = rounds.initial_state(build("erk")).server.mask
+    assert mask.nonzero().squeeze(1)[:8].tolist() == [1, 2, 9, 14, 15, 17, 22, 26]
+    assert zlib.crc32(mask.numpy().tobytes()) == 4280384275
+
+
+@pytest.mark.parametrize(
+    ("rule", "train", "test"),
+    [
+        ("iid", [12, 13, 17, 18, 20, 26], [4, 5]),
+        ("dirichlet", [1, 4, 8, 10, 14, 16], [2, 4, 7]),
+        ("pathological", [5, 15, 18, 20, 23, 29], [3, 8]),
+        ("quantity", [8, 21, 22], []),
+    ],
+)
+def test_partitions_stay_as_they_are(rule: str, train: list[int], test: list[int]) -> None:
+    labels = np.arange(40) % 3
+    made = partition.make(DataConfig(partition=rule, min_samples=1), 4, labels, labels[:9], 3, seed=1)
+    assert (made.train[1][:6].tolist(), made.test[1].tolist()) == (train, test)

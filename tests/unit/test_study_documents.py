@@ -13,6 +13,8 @@ from types import ModuleType
 import made_runs
 import pytest
 
+from feddip_mpi.report import runs, summaries
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,7 +40,7 @@ def test_documents_are_filled_between_their_marks_and_again(script: ModuleType, 
         assert text.startswith(("before\n<!-- study -->\n|", "before\n<!-- study -->\nlenet5"))
         assert text.endswith("<!-- end study -->\nafter\n") and "\nold\n" not in text
     assert "| FedAvg, dense | 0.720 (0.700 to 0.740) | 0.0 MB |  |" in readme
-    assert "| FedDIP, fp32 | 0.510 (0.500 to 0.520) | 0.0 MB | 10 times less |" in readme
+    assert "| FedDIP, fp32 | 0.560 (0.550 to 0.570) | 0.0 MB | 10 times less |" in readme
     assert "seeds 1, 2, 6 runs; CPU X, 2 cores, CPU, ranks: 1; feddip_mpi 1.0" in readme
     named = re.findall(r"\]\((study/[^)]*)\)", study)
     assert len(named) == 3 and all((documents[1].parent / name).is_file() for name in named)
@@ -48,6 +50,17 @@ def test_documents_are_filled_between_their_marks_and_again(script: ModuleType, 
     with pytest.raises(SystemExit, match="README"):
         script.main([str(runs), "--root", str(tmp_path)])
     assert documents[0].read_text() == "no marks"
+
+
+def test_only_accuracies_without_a_range_are_one_seeds(script: ModuleType, tmp_path: Path) -> None:
+    """Bytes never have a range: those of three seeds would be said to be of one."""
+    made_runs.study(tmp_path)
+    keys = {"method": "gradual", "upload.values": "fp32", "sparsity.final": 0.95}
+    made_runs.make(tmp_path / "gradual-1", 1, 0.6, keys=keys, sparsity=0.95)
+    (family,) = summaries.families(summaries.groups(runs.find([tmp_path]).runs)).values()
+    text = script.compact(family)
+    assert "| gradual magnitude | 0.550 | 0.0 MB |" in text and "| 0.560 (0.550 to 0.570) | 0.0 MB |" in text
+    assert text.endswith("\nAn accuracy without a range is one seed's; bytes are the mean of the seeds.\n")
 
 
 def test_a_study_grows_where_its_first_runs_are_gone(script: ModuleType, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
+import made_runs
 import pytest
 
-from feddip_mpi import config, settings
-from feddip_mpi.errors import InputError, Stopped
+from feddip_mpi import config, run_folder, settings
+from feddip_mpi.errors import FolderBusy, InputError, Stopped
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.sweep import command, estimate, grid, labels, runner, slurm, states
 from feddip_mpi.sweep.grid import Cell
@@ -54,6 +56,13 @@ def test_labels_win_and_equal_cells_are_one() -> None:
         ("fedavg", 0, 1), ("fedavg", 0, 2), ("feddip", 0.9, 1), ("feddip", 0.9, 2), ("feddip", 0.95, 1), ("feddip", 0.95, 2),
     ]  # fmt: skip
     assert all(cell.config.rounds == 2 for cell in made)
+
+
+def test_a_method_without_a_mask_is_one_cell_for_all_sparsities() -> None:
+    text = "grid: {method: [fedavg, feddip], sparsity.final: [0.5, 0.9], penalty.schedule: [steps, off]}"
+    made = names(text)
+    assert made[0] == "fedavg_sparsity-0.5_schedule-steps" and len(made) == 1 + 4
+    assert all(name.startswith("feddip_") for name in made[1:])
 
 
 def test_exclude_and_also() -> None:
@@ -188,6 +197,24 @@ def test_states(tmp_path: Path) -> None:
     Lock(RunFolder(tmp_path / four.name)).release()  # to look takes nothing away
 
 
+def test_a_cell_that_failed_says_so_and_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = cells("grid: {seed: [1, 2]}", "set: {rounds: 4}")
+    made_runs.fail(begun(made[0], tmp_path, 1).path)
+    begun(made[1], tmp_path, 4, finished=True)
+    found = [states.look(cell, tmp_path) for cell in made]
+    error = "error: client 1 (rank 0) diverged in round 1: loss nan"
+    assert found[0] == State(states.FAILED, 1, error)
+    command._show_plan(made, found, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 failed, 1 finished" in said and f"seed-1: {error}" in said
+    paces = estimate.known_paces(made, found, tmp_path)
+    left = estimate.estimate(made, found, tmp_path, paces, lambda c: 40, lambda c: (1, 1))
+    assert left.seconds is not None and left.seconds > 0
+    outcomes = runner.run(made, tmp_path, Fake(tmp_path, {}), 1, print, runner.Stop())
+    assert [outcome.kind for outcome in outcomes] == ["finished"]
+    assert "seed-1: goes on after round 1" in capsys.readouterr().out
+
+
 def test_a_folder_that_is_being_made_is_busy_and_one_half_made_is_begun(tmp_path: Path) -> None:
     """The lock and checkpoints/ come before config.yaml."""
     (cell,) = cells("grid: {seed: [1]}")
@@ -207,17 +234,54 @@ def test_a_folder_that_is_being_made_is_busy_and_one_half_made_is_begun(tmp_path
         folder.create(cell.config)
 
 
-def test_whoever_looks_keeps_no_job_out(tmp_path: Path) -> None:
+def test_whoever_looks_keeps_no_job_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`holder` takes the lock for a moment; a job that starts just then waits that long."""
-    folder = begun(cells("grid: {seed: [1]}")[0], tmp_path)
+    folder, waits = begun(cells("grid: {seed: [1]}")[0], tmp_path), list[float]()
     with open(folder.lock_file) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+
+        def waited(seconds: float) -> None:
+            waits.append(seconds)
+            if sum(waits) > 0.1:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(run_folder.time, "sleep", waited)
         Lock(folder).release()
+    assert len(waits) > 1
+    monkeypatch.setattr(run_folder.time, "sleep", waits.append)
     with open(folder.lock_file) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         with pytest.raises(InputError, match="another job is at work"):
             Lock(folder)
+
+
+def test_a_lock_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file server may keep that of a node that died for a while."""
+    folder = begun(cells("grid: {seed: [1]}")[0], tmp_path)
+    dead = Lock(folder)
+    threading.Timer(0.5, dead.release).start()
+    Lock(folder, 30).release()
+    assert caplog.text.count("waits up to 30 s for another job to leave this run folder (process") == 1
+    alive = Lock(folder)
+    with pytest.raises(
+        FolderBusy, match=r"another job is at work .*, also after 0.2 s of waiting; wait for its end"
+    ) as caught:
+        Lock(folder, 0.2)
+    assert caught.value.exit_code == 7
+    with pytest.raises(FolderBusy):
+        Lock(folder, 30, lambda: True)  # a signal came
+    alive.release()
+
+
+def test_a_lock_is_waited_for_longer_where_nobody_sits_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+    for name in jobs:
+        monkeypatch.delenv(name, raising=False)
+    assert run_folder.lock_seconds() == 10
+    for name in jobs:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "7")
+            assert run_folder.lock_seconds() == 300
 
 
 def test_missing_data_is_found_before_the_first_cell(tmp_path: Path) -> None:
@@ -235,7 +299,7 @@ def test_a_changed_grid_reuses_nothing_silently(tmp_path: Path) -> None:
     (new,) = cells("grid: {seed: [1]}", "set: {learning_rate: 0.2, mask.every: 7}")
     assert new.name == old.name
     state = states.look(new, tmp_path)
-    assert state.kind == states.REFUSED
+    assert (state.kind, state.rounds) == (states.REFUSED, 2)
     assert "learning_rate is 0.1 there, 0.2 in the grid; mask.every is 5 there, 7 in the grid" in state.remark
     with pytest.raises(InputError, match="1 of 1 cells have a folder that is not theirs"):
         states.require_none_refused([new], [state], tmp_path)
@@ -327,6 +391,7 @@ class Fake(runner.Commands):
         self.order: list[str] = []
         self.running: set[str] = set()
         self.most = 0
+        self.signals: list[tuple[str, int]] = []
 
     def start(self, cell: Cell) -> FakeProcess:  # type: ignore[override]
         self.order.append(cell.name)
@@ -355,6 +420,7 @@ class FakeProcess:
         return code
 
     def send_signal(self, sig: int) -> None:
+        self.made.signals.append((self.cell.name, sig))
         self.made.codes[self.cell.name] = 75
         self.left = 0
 
@@ -414,7 +480,66 @@ def test_a_signal_saves_what_is_at_work_and_begins_nothing(tmp_path: Path) -> No
     with pytest.raises(Stopped, match="1 cells not begun"):
         runner.run(made, tmp_path, fake, 2, say, stop)
     assert fake.order == ["seed-1", "seed-2"]
+    assert fake.signals == [(name, signal.SIGUSR1) for name in fake.order]  # the one that every launcher passes on
     assert sum("stopped after" in line for line in said) == 2
+
+
+def test_a_cell_that_goes_on_hears_of_a_signal_when_it_trains(tmp_path: Path) -> None:
+    """Metrics of before are no sign of it: a signal while it still imports would kill it."""
+    (cell,) = cells("grid: {seed: [1]}")
+    folder, stop, fake = begun(cell, tmp_path, 1), runner.Stop(), Fake(tmp_path, {}, patience=10**9)
+    os.utime(folder.metrics, (0, 0))
+
+    class Importing(FakeProcess):
+        def poll(self) -> int | None:
+            if self.left == 10**9 - 3:
+                os.utime(folder.metrics)
+            return super().poll()
+
+    fake.start = lambda cell: Importing(fake, cell)  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match="0 cells not begun"):
+        runner.run([cell], tmp_path, fake, 1, lambda text: setattr(stop, "requested", True), stop)
+    assert fake.signals == [(cell.name, signal.SIGUSR1)] and folder.metrics.stat().st_mtime > 0
+
+
+class Hanging(runner.Commands):
+    """Cells that never come to a first round."""
+
+    def __init__(self, out: Path, stop: runner.Stop, signals: int) -> None:
+        super().__init__(out)
+        self.folder, self.stop, self.signals, self.processes = out, stop, signals, list[subprocess.Popen[bytes]]()
+
+    def start(self, cell: Cell) -> subprocess.Popen[bytes]:
+        if not (self.folder / cell.name).exists():
+            begun(cell, self.folder, 1)
+        self.processes.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        for _ in range(self.signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.processes[-1]
+
+
+@pytest.mark.parametrize(("signals", "patience"), [(2, 1e9), (1, 0.05)])
+def test_a_cell_that_hangs_before_its_first_round_does_not_keep_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int, patience: float
+) -> None:
+    """Also where the file server's clock is ahead of this one: metrics of an earlier start are no round of this one."""
+    monkeypatch.setattr(runner, "_SECOND_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "_FIRST_ROUND_SECONDS", patience)
+    made, said = cells("grid: {seed: [1, 2]}"), list[str]()
+    folder = begun(made[0], tmp_path, 1)
+    os.utime(folder.metrics, (time.time() + 3600,) * 2)
+    with runner.Stop().heard() as stop, pytest.raises(Stopped, match="1 cells not begun"):
+        hanging = Hanging(tmp_path, stop, signals)
+        runner.run(made, tmp_path, hanging, 1, said.append, stop)
+    assert [process.poll() for process in hanging.processes] == [-signal.SIGKILL]
+    assert "seed-1: stopped" in said[-1] and "before its first round, with nothing to save" in said[-1]
+
+
+def test_the_same_signal_twice_at_once_is_one(tmp_path: Path) -> None:
+    with runner.Stop().heard() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested and not stop.insisted
 
 
 def test_the_batch_script_is_sound(tmp_path: Path) -> None:

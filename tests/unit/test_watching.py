@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import made_runs
@@ -40,6 +39,17 @@ def test_the_numbers_of_a_run_at_work(running: RunFolder) -> None:
     assert found["seconds"].startswith("2.00 for the last round: train 1.00, encode 0.10")
     assert found["time left"].startswith("0:00:02")
     assert watching.look(running).log == ("one", "two")
+    assert "nobody is at work" in shown(running)["state"]
+
+
+def test_a_run_that_failed_says_why(running: RunFolder) -> None:
+    made_runs.fail(running.path)
+    assert shown(running)["state"] == "failed: client 1 (rank 0) diverged in round 1: loss nan"
+    lock = Lock(running)
+    assert shown(running)["state"].startswith("at work")  # another start
+    lock.release()
+    with open(running.log, "a") as log:
+        log.write("2026-11-27 02:00:00,000 rank 0 INFO resume\n")
     assert "nobody is at work" in shown(running)["state"]
 
 
@@ -96,23 +106,22 @@ def test_lines_follow_the_run_to_its_end(
     running: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is written while it is watched, goes back to a checkpoint once, and finishes."""
-    monkeypatch.setattr(watching, "_SECONDS", 0.02)
     monkeypatch.setenv("FEDDIP_PROGRESS", "plain")
     rows = [json.loads(line) for line in running.metrics.read_text().splitlines()]
 
-    def play() -> None:
+    def played() -> Iterator[None]:
         for written in ([0], [0, 1], [0], [0, 1], [0, 1, 2]):
             text = "".join(metrics.to_line(rows[place]) + "\n" for place in written)
             (running.path / "new").write_text(text)
             (running.path / "new").replace(running.metrics)
-            time.sleep(0.3)
+            yield
         running.finished.write_text("{}")
+        yield
 
     running.metrics.unlink()
-    player = threading.Thread(target=play)
-    player.start()
+    steps = played()
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: next(steps))
     watching.watch(str(running.path), once=False)
-    player.join()
     said = capsys.readouterr().out.splitlines()
     rounds = [line.split()[1] for line in said if line.startswith("round")]
     assert rounds == ["1/3", "2/3", "2/3", "3/3"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,11 +35,13 @@ def network(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.M
 class Run:
     """A few rounds of one rank, saved by a FolderSaver."""
 
-    def __init__(self, folder: Path, background: bool = True, rule: str = "keep", keep: int = 9) -> None:
+    def __init__(
+        self, folder: Path, background: bool = True, rule: str = "keep", keep: int = 9, minutes: float | None = None
+    ) -> None:
         settings = config.validate({
             "rounds": 9, "clients": 3, "participants": 2, "local_epochs": 1, "batch_size": 20, "learning_rate": 0.05,
             "mask": {"every": 2}, "model": {"name": f"{__name__}:network"}, "sparsity": {"initial": 0.3, "final": 0.8},
-            "checkpoint": {"background": background, "keep": keep, "best": False},
+            "checkpoint": {"background": background, "keep": keep, "best": False, "minutes": minutes},
             "data": {"name": "synthetic",
                      "synthetic": {"shape": [1, 8, 8], "classes": 3, "train_samples": 60, "test_samples": 20}},
             **RULES[rule],
@@ -201,6 +204,24 @@ def test_the_last_round_is_saved_before_its_seconds_are_taken(tmp_path: Path) ->
     assert run.saved() == [9]
 
 
+def test_a_save_is_overdue_so_many_minutes_after_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def overdue(run: Run, seconds: float) -> bool:
+        now[0] = seconds
+        return run.saver.overdue()
+
+    run, never = Run(tmp_path / "run", minutes=2.5), Run(tmp_path / "never")
+    assert [overdue(run, 1000 + seconds) for seconds in (0, 149, 150)] == [False, False, True]
+    run.play()
+    now[0] = 1200
+    run.save()
+    run.saver.wait()
+    assert [overdue(run, 1200 + seconds) for seconds in (0, 149, 150)] == [False, False, True]
+    assert not overdue(never, 1e9)
+
+
 def test_old_files_go_when_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, keep=1)
     run.play()
@@ -214,6 +235,32 @@ def test_old_files_go_when_the_new_one_is_there(tmp_path: Path, monkeypatch: pyt
     gate.open()
     run.saver.wait()
     assert run.names() == ["round-000002.h5"]
+
+
+def test_an_old_file_that_cannot_go_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, keep=1)
+    run.play()
+    run.save()
+    with monkeypatch.context() as patch:
+        unlink = Path.unlink
+
+        def stale(path: Path, missing_ok: bool = False) -> None:
+            if path.name == "round-000001.h5":
+                raise OSError(116, "Stale file handle")
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", stale)
+        run.play()
+        run.save()
+        run.saver.wait()
+    assert run.saved() == [1, 2]
+    assert "round-000001.h5: cannot be tidied up (Stale file handle)" in caplog.text
+    run.play()
+    run.save()
+    run.saver.wait()
+    assert run.saved() == [3]
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:

@@ -35,8 +35,15 @@ class Together(Alone):
     def gather(self, row: np.ndarray) -> np.ndarray:
         return np.stack(self._all(np.array(row)))
 
+    def gather_json(self, value: Any) -> list[Any]:
+        return self._all(value)
+
     def total(self, values: np.ndarray) -> np.ndarray:
         return np.sum(self._all(np.array(values)), axis=0, dtype=values.dtype)
+
+    def allreduce(self, values: np.ndarray) -> np.ndarray:
+        self.sent["update"] += values.nbytes
+        return np.sum(self._all(values.copy()), axis=0, dtype=values.dtype)
 
     def require_same(self, what: str, value: Any) -> None:
         assert len({repr(each) for each in self._all(value)}) == 1, what

@@ -152,6 +152,7 @@ def check_node_allgatherv(comm: Communicator) -> None:
         other = Communicator(comm._handle, ranks_per_node=ranks_per_node)
         nodes = other.open_nodes()
         assert nodes == (1 if ranks_per_node is None else -(-comm.size // ranks_per_node))
+        node_of = [rank // (ranks_per_node or comm.size) for rank in range(comm.size)]
         for background in (False, True):
             if background:
                 other.open_background()
@@ -160,13 +161,19 @@ def check_node_allgatherv(comm: Communicator) -> None:
                 expected = [_payload(r, i, n) for r, own in enumerate(lengths) for i, n in enumerate(own)]
                 mine = [_payload(comm.rank, i, n) for i, n in enumerate(lengths[comm.rank])]
                 counts = [len(own) for own in lengths]
-                before = other.sent["update"]
+                before, heard = other.sent["update"], other.received["update"]
                 got = other.post(functools.partial(other.node_allgatherv, mine, counts)).result()
                 assert len(got) == len(expected)
                 assert all(np.array_equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True)), lengths
                 # Only the first rank of a node speaks for it: all nodes together hand each byte over once, one none.
                 handed = comm.gather(np.array([float(other.sent["update"] - before)]))
                 assert handed.sum() == sum(n * (nodes > 1) + 8 for own in lengths for n in own)
+                # Everybody hears the others' lengths, who speaks for a node the other nodes' bytes.
+                foreign = sum(
+                    n for own, node in zip(lengths, node_of, strict=True) if node != node_of[comm.rank] for n in own
+                )
+                speaks = node_of.index(node_of[comm.rank]) == comm.rank
+                assert other.received["update"] - heard == speaks * foreign + 8 * (len(expected) - len(mine))
         other.free()
 
 

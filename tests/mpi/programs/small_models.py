@@ -1,6 +1,6 @@
 """Networks of a few hundred weights, by import path; some break on request, to see how a run ends.
 
-FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training forward (or frame):
+FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK (or all) fail in its CALL-th training forward (or frame):
     raise   the forward raises RuntimeError
     nan     the forward returns NaN
     exit    the forward calls sys.exit(0)
@@ -9,6 +9,9 @@ FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK fail in its CALL-th training 
     begin   (rank and call count as for decode) beginning a checkpoint raises OSError
     save    (likewise) finishing a checkpoint, behind training, raises OSError
     finish  writing finished.json raises OSError (whatever CALL is)
+    load, restore, linger   reading the data (`slow_to_load`), reading a checkpoint's residuals, writing finished.json
+            does not return (whatever CALL is)
+FEDDIP_TEST_MUTE: stdout and stderr of all ranks are a full disk.
 FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
 """
 
@@ -107,14 +110,20 @@ class Fragile(nn.Module):
         self.calls = 0
         self.pause = float(os.environ.get("FEDDIP_TEST_SLEEP", "0"))
         self.kind, self.call = _fault()
+        if "FEDDIP_TEST_MUTE" in os.environ:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, 1), os.dup2(full, 2)
         if self.kind == "decode":
             codec.read = _failing(codec.read, self.call, PeerError("a frame that this test broke"))
         if self.kind in ("begin", "save"):
             draft, name = checkpoint.hdf5.Draft, "finish" if self.kind == "save" else "__init__"
             setattr(draft, name, _failing(getattr(draft, name), self.call, OSError(28, "No space left on device")))
 
-        if self.kind == "finish":
-            checkpoint.hdf5.write_text = _refusing(checkpoint.hdf5.write_text, "finished.json")
+        if self.kind in ("finish", "linger"):
+            fail = _no_space if self.kind == "finish" else _hang
+            checkpoint.hdf5.write_text = _breaking(checkpoint.hdf5.write_text, "finished.json", fail)
+        if self.kind == "restore":
+            checkpoint.residual_rounds = _hang
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.second(torch.relu(self.first(images.flatten(1))))
@@ -128,7 +137,7 @@ class Fragile(nn.Module):
             if self.kind == "exit":
                 sys.exit(0)
             if self.kind == "hang":
-                time.sleep(1e6)
+                _hang()
             if self.kind == "nan":
                 return logits * float("nan")
         return logits
@@ -138,11 +147,19 @@ def fragile(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.M
     return Fragile(in_channels * image_size[0] * image_size[1], classes)
 
 
+def of_its_rank(in_channels: int, image_size: tuple[int, int], classes: int) -> nn.Module:
+    """A network whose first weights differ between the ranks that make it."""
+    made = fragile(in_channels, image_size, classes)
+    with torch.no_grad():
+        next(made.parameters()).view(-1)[0] = float(_own_rank())
+    return made
+
+
 def _fault() -> tuple[str, int]:
     """The kind of fault and the call that has it; ("", 0) on ranks without one."""
     kind, _, rest = os.environ.get("FEDDIP_TEST_FAULT", "::").partition(":")
     rank, _, call = rest.partition(":")
-    return (kind, int(call)) if kind and rank == _own_rank() else ("", 0)
+    return (kind, int(call)) if kind and rank in (_own_rank(), "all") else ("", 0)
 
 
 def _own_rank() -> str:
@@ -156,10 +173,25 @@ def one_pixel_each(config: DataConfig, seed: int) -> Dataset:
     return dataset
 
 
-def _refusing(write: Any, name: str) -> Any:
+def slow_to_load(config: DataConfig, seed: int) -> Dataset:
+    """Synthetic data, as FEDDIP_TEST_FAULT says."""
+    if _fault()[0] == "load":
+        _hang()
+    return synthetic.generate(config.synthetic, seed)
+
+
+def _hang(*_: Any) -> None:
+    time.sleep(1e6)
+
+
+def _no_space(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _breaking(write: Any, name: str, fail: Any) -> Any:
     def wrapped(path: Path, text: str) -> None:
         if path.name == name:
-            raise OSError(28, "No space left on device")
+            fail()
         write(path, text)
 
     return wrapped

@@ -6,6 +6,7 @@ STEPS.json is a list of {"argv": [...], ...}; optional keys of a step:
     "stop_after": r   the last rank gets SIGUSR1 in round r; the others must stop with it
     "abandon": true   every round is given up before its first batch, as if a signal had come long ago
     "drift": rank     that rank's weights change by one bit before replicas are compared
+    "launched": n     the launcher says that it has started so many ranks
     "ranks_per_node": n   so many ranks are taken for a node
     "kept_bytes": n   residuals beyond so many bytes are written before training goes on
 RESULTS_FOLDER/rank-N.json: for each step the exit code and what the rank wrote to stdout and stderr.
@@ -30,6 +31,7 @@ from mpi4py import MPI
 from feddip_mpi import cli, rounds, runtime, saver
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.server import Server
+from feddip_mpi.stopping import StopFlag
 
 sys.modules["matplotlib"] = None  # type: ignore[assignment]  # no picture of each run: it takes longer than the run
 
@@ -87,11 +89,14 @@ def main() -> None:
             if "stop_after" in step:
                 stack.enter_context(stopping_after(step["stop_after"]))
             if "abandon" in step:
-                stack.enter_context(mock.patch.object(runtime.StopFlag, "expired", lambda *_: True))
+                stack.enter_context(mock.patch.object(StopFlag, "expired", lambda *_: True))
             if "drift" in step:
                 stack.enter_context(drifting(step["drift"]))
             if "kept_bytes" in step:
                 stack.enter_context(mock.patch.object(saver, "_KEPT_BYTES", step["kept_bytes"]))
+            if "launched" in step:
+                told = step["launched"], "PMI_SIZE"
+                stack.enter_context(mock.patch.object(runtime, "launched_ranks", return_value=told))
             if "ranks_per_node" in step:
                 stack.enter_context(mock.patch.object(runtime, "ranks_per_node", return_value=step["ranks_per_node"]))
             ended.append(execute(step["argv"]))
