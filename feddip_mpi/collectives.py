@@ -35,6 +35,9 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
 _ABORT_SECONDS, _FINALIZE_SECONDS = 5.0, 10.0
 _LAST_WORDS_SECONDS = 0.3
 
+# What MPI itself, and others, still need where shared memory is made.
+_SPARE_BYTES = 2**25
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -95,6 +98,7 @@ class Communicator:
         world_ranks: what each rank was called at the start, by its rank now.
         lost_ranks: those that have died, as they were called at the start.
         rank, size: this rank, and how many there are.
+        unshared: why each rank has its own copy of what `shared_arrays` would share; empty where it is shared.
         sent, received: bytes handed to MPI so far, by purpose: "update", "residual", "control", "data".
             A broadcast counts as sent once by its root; an allgather as sent once by each rank.
     """
@@ -122,6 +126,7 @@ class Communicator:
         self.world_ranks, self.lost_ranks = list(range(handle.Get_size())), list[int]()
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
+        self.unshared = ""
         self._windows: list[Any] = []
         self._retired: list[Any] = []  # what dead ranks were part of: never freed, their memory may be mapped here
         self._begin(handle)
@@ -290,11 +295,15 @@ class Communicator:
         """Rank 0's array on every rank (any shape, plain dtype)."""
         shape = self.broadcast([list(array.shape), array.dtype.str] if self.rank == 0 and array is not None else None)
         out = np.asarray(array, order="C") if self.rank == 0 else np.empty(shape[0], np.dtype(shape[1]))
-        raw = out.reshape(-1).view(np.uint8)
-        for start in range(0, raw.size, self._limit):
-            self._call(self._handle, "Bcast", raw[start : start + self._limit], root=0)
-        self._count("data", raw.size, from_root=True)
+        self._fill(self._handle, out)
+        self._count("data", out.nbytes, from_root=True)
         return out
+
+    def _fill(self, handle: Any, array: np.ndarray) -> None:
+        """The first rank's contiguous array into those of all ranks of `handle`."""
+        raw = array.reshape(-1).view(np.uint8)
+        for start in range(0, raw.size, self._limit):
+            self._call(handle, "Bcast", raw[start : start + self._limit], root=0)
 
     @_guarded
     def allgatherv(self, payloads: Sequence[np.ndarray], counts: Sequence[int]) -> list[np.ndarray]:
@@ -496,25 +505,55 @@ class Communicator:
     def shared_arrays(self, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """One copy per node of arrays that the node's first rank brings; the others map the same memory.
 
+        Where there is no room for it (a container has 64 MB) each rank gets a copy of its own, and `unshared` says so.
+
         Args:
             arrays: on each node's first rank (see `node_rank`); ignored elsewhere.
+
+        Raises:
+            InputError: on all ranks, where there is no room for copies either.
         """
         node = self._node()
         heads = self.node_broadcast({name: [list(a.shape), a.dtype.str] for name, a in (arrays or {}).items()})
+        lack, error = "", None
+        try:
+            lack = _lack_of_room(sum(_size(*head) for head in heads.values()), node.size)
+        except InputError as caught:
+            error = caught
+        self.check(error)
+        self.unshared = self.node_broadcast(lack)
         out = {}
         for name, (shape, dtype) in heads.items():
-            itemsize = np.dtype(dtype).itemsize
-            size = int(np.prod(shape, dtype=np.int64)) * itemsize
-            window = self._mpi.Win.Allocate_shared(size if node.rank == 0 else 0, itemsize, comm=node)
+            brought = arrays.pop(name) if arrays is not None and node.rank == 0 else None
+            if self.unshared:
+                out[name] = np.empty(shape, dtype) if brought is None else np.require(brought, requirements=["C", "W"])
+                self._fill(node, out[name])
+                continue
+            window = self._shared_window(node, _size(shape, dtype), np.dtype(dtype).itemsize)
             buffer, _ = window.Shared_query(0)
-            view = np.ndarray(shape, np.dtype(dtype), buffer=memoryview(buffer))  # type: ignore[arg-type]
-            if node.rank == 0:
-                assert arrays is not None
-                view[...] = arrays.pop(name)
+            out[name] = np.ndarray(shape, np.dtype(dtype), buffer=memoryview(buffer))
+            if brought is not None:
+                out[name][...] = brought
             self._windows.append(window)
-            out[name] = view
         self._call(node, "Barrier")
         return out
+
+    def _shared_window(self, node: Any, size: int, itemsize: int = 1) -> Any:
+        """Memory of the node's first rank that all ranks of the node share.
+
+        Raises:
+            FeddipError: on the first rank; the others may be left waiting for it (Open MPI 5.0.11).
+        """
+        try:
+            return self._mpi.Win.Allocate_shared(size if node.rank == 0 else 0, itemsize, comm=node)
+        except self._mpi.Exception as error:
+            if self._is_loss(error):
+                raise
+            folder, free = runtime.shared_memory()
+            raise FeddipError(
+                f"MPI cannot make {size} bytes of memory that the ranks of a node share ({error}); {folder} has {free} free: "
+                "enlarge it (docker run --shm-size), or start one rank a node"
+            ) from None
 
     def _node(self) -> Any:
         """The communicator of the ranks that share memory with this one."""
@@ -559,9 +598,9 @@ class Communicator:
                 window.Unlock_all()
                 window.Free()
             node = self._bulk_node
-            window = self._mpi.Win.Allocate_shared(room if node.rank == 0 else 0, 1, comm=node)
+            window = self._shared_window(node, room)
             window.Lock_all()
-            view = np.frombuffer(window.Shared_query(0)[0], np.uint8)  # type: ignore[call-overload]
+            view = np.frombuffer(window.Shared_query(0)[0], np.uint8)
             self._buffer = (window, view)
         return self._buffer
 
@@ -762,6 +801,33 @@ class Communicator:
             self.sent[purpose] += size
         elif from_root:
             self.received[purpose] += size
+
+
+def _size(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of an array."""
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def _lack_of_room(size: int, ranks: int) -> str:
+    """Why so many bytes cannot be shared by the ranks of this node, but copied; empty where they can be shared.
+
+    Looked at before: where there is no room, Open MPI fails on the first rank and leaves the others waiting, and MPICH's
+    ranks end by a bus error when they write.
+
+    Raises:
+        InputError: there is no memory for the copies either.
+    """
+    folder, free = runtime.shared_memory()
+    if size + _SPARE_BYTES <= free:
+        return ""
+    lack = f"{folder}: {free} bytes are free, and {size} with {_SPARE_BYTES} to spare are needed to share the data"
+    memory = runtime.process()["memory_available_bytes"]
+    if (ranks - 1) * size > memory:  # the first rank has them
+        raise InputError(
+            f"{lack}; a copy for each of this node's {ranks} ranks does not fit into the {memory} bytes of memory that are "
+            "free: enlarge the former (docker run --shm-size), or start fewer ranks a node"
+        )
+    return f"{lack}: each of this node's {ranks} ranks has a copy; enlarge it (docker run --shm-size) to save memory"
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -490,7 +490,7 @@ def device_name(device: torch.device) -> str:
 
 
 def process() -> dict[str, Any]:
-    """This process: pid, cores it may run on, OMP_NUM_THREADS, and the node's memory in bytes."""
+    """This process: pid, cores it may run on, OMP_NUM_THREADS, and the node's memory, shared one too, in bytes."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -500,6 +500,7 @@ def process() -> dict[str, Any]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "memory_available_bytes": min(memory.available, *_rooms_of_groups()),
         "memory_bytes": memory.total,
+        "shared_memory": shared_memory(),
     }
 
 
@@ -529,6 +530,16 @@ def _rooms_of_groups(root: Path = Path("/")) -> list[int]:
                     pages = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
                     rooms.append(max(0, free + int(pages)))
     return rooms
+
+
+def shared_memory(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """The folder in which MPI makes the memory that ranks share, and the bytes free there; 2^62 where nothing says."""
+    folder = environment.get("OMPI_MCA_osc_sm_backing_directory", "/dev/shm")
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return folder, 1 << 62
+    return folder, found.f_bavail * found.f_frsize
 
 
 def file_system(path: Path) -> dict[str, Any]:

@@ -372,6 +372,8 @@ def _play(built: Federation, run: Run, state: State | None, history: list[Record
         log.warning("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
     if run.owner and (caution := built.method.caution()) is not None:
         log.warning("%s", caution)
+    if built.comm.unshared and built.comm.node_rank == 0:
+        log.warning("%s", built.comm.unshared)
     while True:
         try:
             if state is None:

@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 _LEVELS = (FAIL, WARN, PASS)
 _LITTLE_MEMORY = 10**9  # bytes a rank; torch alone takes a quarter of that
+_LITTLE_SHARED = 256 * 10**6  # bytes; CIFAR's images and some room
 _CLOCK_SECONDS = 1.0  # apart; the lines of logs are stamped with milliseconds, but nobody reads them that closely
 
 
@@ -54,6 +55,7 @@ def verdicts(rows: Sequence[Row], folder: Row, needs: Row) -> list[Verdict]:
             f"about {terminal.size(needs['memory_bytes'])} a rank and {terminal.size(needs['data_bytes'])} of data a node "
             "needed and free",
         ),
+        "shared": (_shared_memory(rows), "room for a data set that the ranks of a node share"),
         "folder": (_folder(rows, folder), f"{folder['type']}, can be written, locks work"),
         "disk": (_disk(folder, needs), f"at most {terminal.size(needs['disk_bytes'])} for checkpoints needed and free"),
     }
@@ -167,6 +169,16 @@ def _memory(rows: Sequence[Row], needs: Row) -> Iterator[Verdict]:
                 f"{host}: {terminal.size(free)} of memory are free for {len(ranks)} rank(s), about {terminal.size(wanted)} "
                 f"each and {terminal.size(needs['data_bytes'])} of data are wanted: fewer ranks a node, fewer clients a "
                 "rank, or smaller batches"
+            )
+
+
+def _shared_memory(rows: Sequence[Row]) -> Iterator[Verdict]:
+    for host, ranks in _groups(rows, lambda row: row["host"]).items():
+        folder, free = rows[ranks[0]]["shared_memory"]
+        if len(ranks) > 1 and free < _LITTLE_SHARED:
+            yield _warn(
+                f"{host}: {terminal.size(free)} are free in {folder}: of a data set that has no room there each rank has a "
+                "copy; enlarge it (docker run --shm-size)"
             )
 
 

@@ -22,6 +22,7 @@ class Alone:
     world_ranks: tuple[int, ...] = (0,)
     lost_ranks: tuple[int, ...] = ()
     fault_tolerant = damaged = False
+    unshared = ""
 
     def __init__(self, background: bool = False) -> None:
         self.background = background

@@ -20,6 +20,7 @@ def row(rank: int = 0, **changes) -> dict:
     healthy = {
         "rank": rank, "ranks": 1, "launched": 1, "launched_by": "", "host": "node1", "pid": 100 + rank,
         "cores": [0, 1, 2, 3], "omp_num_threads": "1", "memory_available_bytes": 10**11, "memory_bytes": 10**11,
+        "shared_memory": ("/dev/shm", 10**10),
         "processor": "some", "local_rank": rank, "local_rank_rule": "a rule", "library": "Open MPI",
         "thread_level": "multiple", "gpu_aware": False, "gpu_aware_asked": "a call", "device": "cpu",
         "device_error": None, "gpu": None, "threads": 1, "versions": {"torch": "2.0", "numpy": "2.0"},
@@ -41,10 +42,10 @@ def found(*rows: dict, **changes) -> list[tuple[str, str, str]]:
 
 def test_every_check_passes_on_healthy_ranks() -> None:
     said = judged(row(0), row(1), row(2, host="node2"))
-    assert [verdict.level for verdict in said] == ["PASS"] * 9
+    assert [verdict.level for verdict in said] == ["PASS"] * 10
     assert "about 1.0 GB a rank and 100.0 MB of data a node needed and free" in [verdict.text for verdict in said]
     assert {verdict.check for verdict in said} == {
-        "launch", "devices", "versions", "mask", "cores", "clocks", "memory", "folder", "disk",
+        "launch", "devices", "versions", "mask", "cores", "clocks", "memory", "shared", "folder", "disk",
     }  # fmt: skip
 
 
@@ -87,6 +88,10 @@ GPU = {"name": "GPU", "id": "GPU-1"}
             [row(0), row(1, host="node2", clock={"offset_seconds": -3.5, "bound_seconds": 0.01})], {},
             "WARN", "clocks", "rank 1 (node2) is 3.5 s (to within 0.01 s) behind",
         ),
+        (
+            [row(rank, shared_memory=("/dev/shm", 64 * 10**6)) for rank in range(2)], {},
+            "WARN", "shared", "node1: 64.0 MB are free in /dev/shm",
+        ),
         ([row(memory_available_bytes=10**8)], {}, "WARN", "memory", "100.0 MB of memory"),
         ([row()], {"memory_bytes": 10**12}, "WARN", "memory", "about 1.0 TB each and 100.0 MB of data are wanted"),
         (
@@ -122,7 +127,7 @@ def test_equal_indices_on_different_hosts_or_gpus_are_fine() -> None:
 
 def test_what_fails_comes_first() -> None:
     levels = [verdict.level for verdict in judged(row(threads=9), writable=False)]
-    assert levels == ["FAIL", "WARN"] + ["PASS"] * 7
+    assert levels == ["FAIL", "WARN"] + ["PASS"] * 8
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,13 @@ def test_a_batch_system_s_limit_is_the_memory_that_is_free(tmp_path: Path, versi
     assert 0 < runtime.process()["memory_available_bytes"] <= runtime.process()["memory_bytes"]
 
 
+def test_where_ranks_share_memory_and_what_is_free_there(tmp_path: Path) -> None:
+    folder, free = runtime.shared_memory({"OMPI_MCA_osc_sm_backing_directory": str(tmp_path)})
+    assert folder == str(tmp_path) and 0 < free < 1 << 62
+    assert runtime.shared_memory({"OMPI_MCA_osc_sm_backing_directory": "/nowhere"}) == ("/nowhere", 1 << 62)
+    assert runtime.shared_memory({})[0] == "/dev/shm"
+
+
 def test_the_launcher_s_rank_before_mpi_starts() -> None:
     assert runtime.launched_rank({}) == 0
     assert runtime.launched_rank({"OMPI_COMM_WORLD_RANK": "3", "PMI_RANK": "1"}) == 3

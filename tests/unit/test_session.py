@@ -16,25 +16,26 @@ from feddip_mpi import checkpoint, config, federation, hdf5, rounds, runtime, sc
 from feddip_mpi.errors import InputError, Stopped
 from feddip_mpi.metrics import Record
 from feddip_mpi.run_folder import RunFolder
+from feddip_mpi.stopping import StopFlag
 
 SAVED = config.validate({"rounds": 4, "seed": 7})
 
 
 @pytest.fixture
-def stop(monkeypatch: pytest.MonkeyPatch) -> runtime.StopFlag:
+def stop(monkeypatch: pytest.MonkeyPatch) -> StopFlag:
     """What a signal would set. This process keeps its own signals and its log, and no picture is drawn."""
-    flag = runtime.StopFlag()
-    monkeypatch.setattr(runtime.StopFlag, "installed", lambda: flag)
+    flag = StopFlag()
+    monkeypatch.setattr(StopFlag, "install", lambda self: None)
     monkeypatch.setattr(runtime, "start_log", lambda folder, rank: None)
     monkeypatch.setattr(session, "_draw", lambda built, folder, history: None)
     return flag
 
 
-def train(folder: Path, method: str, **values: Any) -> Path:
+def train(folder: Path, stop: StopFlag, method: str, **values: Any) -> Path:
     """A finished run's folder."""
     path, run = folder / "config.yaml", folder / "run"
     path.write_text(config.to_yaml(settings(method, device="cpu", **values)))
-    session.train(Alone(), str(path), [], str(run))
+    session.train(Alone(), str(path), [], str(run), stop)
     return run
 
 
@@ -42,8 +43,8 @@ def finished(run: Path) -> dict[str, Any]:
     return json.loads((run / "finished.json").read_text())
 
 
-def test_the_memory_is_scored_without_the_mask(tmp_path: Path, stop: runtime.StopFlag) -> None:
-    run = train(tmp_path, "feddip", rounds=3, sparsity={"initial": 0.4, "final": 0.95})
+def test_the_memory_is_scored_without_the_mask(tmp_path: Path, stop: StopFlag) -> None:
+    run = train(tmp_path, stop, "feddip", rounds=3, sparsity={"initial": 0.4, "final": 0.95})
     loaded, _ = checkpoint.newest(run / "checkpoints")
     built = federation.build(loaded.config, Alone(), torch.device("cpu"))
     whole, mask = loaded.server.weights, loaded.server.mask
@@ -53,10 +54,8 @@ def test_the_memory_is_scored_without_the_mask(tmp_path: Path, stop: runtime.Sto
     assert memory != pruned and told["server_remembers"]
 
 
-def test_a_run_that_goes_on_is_not_finished(
-    tmp_path: Path, stop: runtime.StopFlag, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = train(tmp_path, "fedavg", rounds=2)
+def test_a_run_that_goes_on_is_not_finished(tmp_path: Path, stop: StopFlag, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tmp_path, stop, "fedavg", rounds=2)
     assert finished(run)["rounds"] == 2
     real = rounds.play
 
@@ -67,10 +66,10 @@ def test_a_run_that_goes_on_is_not_finished(
 
     monkeypatch.setattr(rounds, "play", play)
     with pytest.raises(Stopped, match="after round 3"):
-        session.resume(Alone(), str(run), ["rounds=4"])
+        session.resume(Alone(), str(run), ["rounds=4"], stop)
     assert not (run / "finished.json").exists()
     stop.requested = False
-    session.resume(Alone(), str(run), [])
+    session.resume(Alone(), str(run), [], stop)
     assert finished(run)["rounds"] == 4
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -329,6 +331,42 @@ def check_shared_arrays(comm: Communicator) -> None:
     comm.barrier()
     del shared
     comm.free()
+
+
+def check_arrays_that_cannot_be_shared(comm: Communicator) -> None:
+    """No room in shared memory: copies. No memory for these either: an error on all ranks, before MPI is asked."""
+    turned = np.arange(6.0).reshape(2, 3).T
+    turned.flags.writeable = False
+    arrays = {"images": np.arange(300, dtype=np.uint8), "none": np.zeros(0, np.int64), "turned": turned}
+    other = Communicator(comm._handle, message_limit=64)
+    with mock.patch.object(runtime, "shared_memory", lambda: ("/dev/shm", 2**25)):
+        copies = other.shared_arrays(dict(arrays) if other.node_rank == 0 else None)
+        assert f"/dev/shm: {2**25} bytes are free, and 348 with {2**25} to spare" in other.unshared
+        with mock.patch.object(runtime, "process", lambda: {"memory_available_bytes": -1}):
+            try:
+                other.shared_arrays(dict(arrays) if other.node_rank == 0 else None)
+            except InputError as error:
+                assert error.shared and f"a copy for each of this node's {comm.size} ranks" in str(error)
+            else:
+                raise AssertionError("copies that no memory holds")
+    assert list(copies) == list(arrays)
+    for name, array in arrays.items():
+        assert np.array_equal(copies[name], array) and copies[name].dtype == array.dtype, name
+    copies["images"][:] = comm.rank
+    copies["turned"][:] = comm.rank
+    comm.barrier()
+    assert set(copies["images"].tolist()) == set(copies["turned"].ravel().tolist()) == {comm.rank}
+
+
+def check_a_window_that_cannot_be_made(comm: Communicator) -> None:
+    other, real = Communicator(comm._handle), comm._mpi
+
+    def refuse(*_: object, **__: object) -> None:
+        raise real.Exception(real.ERR_INTERN)
+
+    other._mpi = SimpleNamespace(Exception=real.Exception, Win=SimpleNamespace(Allocate_shared=refuse))
+    with pytest.raises(FeddipError, match="MPI cannot make 77 bytes of memory that the ranks of a node share"):
+        other._shared_window(comm._node(), 77)
 
 
 def check_node_broadcast(comm: Communicator) -> None:

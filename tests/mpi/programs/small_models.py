@@ -11,7 +11,7 @@ FEDDIP_TEST_FAULT = KIND:RANK:CALL makes rank RANK (or all) fail in its CALL-th 
     finish  writing finished.json raises OSError (whatever CALL is)
     load, restore, linger   reading the data (`slow_to_load`), reading a checkpoint's residuals, writing finished.json
             does not return (whatever CALL is)
-FEDDIP_TEST_MUTE: stdout and stderr of all ranks are a full disk.
+FEDDIP_TEST_MUTE: stderr of all ranks is a full disk.
 FEDDIP_TEST_SLEEP: seconds that every training forward takes longer, for signals that have to hit a run.
 """
 
@@ -111,8 +111,7 @@ class Fragile(nn.Module):
         self.pause = float(os.environ.get("FEDDIP_TEST_SLEEP", "0"))
         self.kind, self.call = _fault()
         if "FEDDIP_TEST_MUTE" in os.environ:
-            full = os.open("/dev/full", os.O_WRONLY)
-            os.dup2(full, 1), os.dup2(full, 2)
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
         if self.kind == "decode":
             codec.read = _failing(codec.read, self.call, PeerError("a frame that this test broke"))
         if self.kind in ("begin", "save"):
