@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from feddip_mpi import __version__, config, hdf5, masks, metrics, run_folder, runtime
+from feddip_mpi import __version__, config, file_kinds, hdf5, masks, metrics, run_folder, runtime
 from feddip_mpi.errors import DamagedFileError, FeddipError, InputError, UnreadableFileError
 from feddip_mpi.hdf5 import Item, Reader
 from feddip_mpi.residuals import Residual
@@ -402,8 +402,23 @@ def check_model(loaded: Loaded, layout: Layout) -> None:
     stored = {name: tuple(loaded.tensors[name].shape) for name in loaded.layout_names}
     ours = dict(zip(layout.names, layout.shapes, strict=True))
     if list(stored.items()) != list(ours.items()):
-        differing = next((n for n in {**stored, **ours} if stored.get(n) != ours.get(n)), "the order of its tensors")
-        raise InputError(f"{loaded.path}: the model {loaded.config.model.name!r} has changed since ({differing})")
+        name = next((n for n in {**stored, **ours} if stored.get(n) != ours.get(n)), "")
+        there, here = (list(shapes[name]) if name in shapes else "not" for shapes in (stored, ours))
+        differing = f"{name}: {there} there, {here} now" if name else "the order of its tensors"
+        raise InputError(
+            f"{loaded.path}: the model {loaded.config.model.name!r} has changed since ({differing}); take the code that the "
+            "run was trained with, or start a new run with `train`"
+        )
+
+
+def other_kind(path: Path) -> InputError | None:
+    """The error for a file that the user named and that never was a checkpoint: a configuration, say, or an exported model."""
+    kind = file_kinds.kind_of(path)
+    if kind is None or _NAME.fullmatch(path.name) or hdf5.is_sealed(path):
+        return None
+    inside = listed(folder_of(path.parent))
+    example = inside[-1] if inside else "runs/NAME/checkpoints/round-000100.h5"
+    return InputError(f"{path}: is {kind} and no checkpoint; name one such as {example}, or a run folder")
 
 
 def find(path: Path) -> tuple[Loaded, list[str]]:
@@ -413,11 +428,13 @@ def find(path: Path) -> tuple[Loaded, list[str]]:
         The checkpoint, and why newer ones of the folder were refused.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the file is of another kind.
         DamagedFileError: none can be read.
     """
     if path.is_dir():
         return newest(folder_of(path))
+    if (error := other_kind(path)) is not None:
+        raise error
     return load(path), []
 
 

@@ -202,6 +202,15 @@ def check_seal(path: Path) -> None:
     raise DamagedFileError(f"{path}: does not match its checksum (SHA-256); truncated or damaged")
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file begins as `write` begins it; what follows may be damaged."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_SEAL_TITLE)) == _SEAL_TITLE
+    except OSError:
+        return False
+
+
 def replace_durably(temporary: Path, path: Path) -> None:
     """fsync `temporary`, rename it to `path`, fsync the folder: after a power cut the old or the new file is there."""
     descriptor = os.open(temporary, os.O_RDONLY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,7 +279,12 @@ def _default_folder(config_path: str) -> Path:
 def _open_log(comm: Communicator, folder: RunFolder, message: str) -> None:
     runtime.start_log(folder.path, comm.rank)
     if comm.rank == 0:
-        log.info("%s; %s", message, runtime.versions())
+        log.info("%s", message)
+        log.info("with %s", _listed(runtime.versions()))
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _build_to_train(comm: Communicator, settings: Config, watchdog: runtime.Watchdog) -> Federation:
@@ -408,7 +413,7 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
             log.info("%s", terminal.line(record, built.config.rounds))
             if record["mask_delayed"] or (record["penalty_scale"], record["regrow_scale"]) != (1.0, 1.0):
                 chosen = {name: record[name] for name in ("mask_delayed", "penalty_scale", "regrow_scale")}
-                log.info("adaptive control in round %d: %s", record["round"], chosen)
+                log.info("adaptive control in round %d: %s", record["round"], _listed(chosen))
             for layer in emptied(record, full):
                 full.discard(layer)
                 log.warning(_EMPTIED, record["round"], layer)

@@ -124,12 +124,19 @@ def check(dataset: object, source: str) -> Dataset:
     return dataset
 
 
+def as_bytes(images: np.ndarray) -> str:
+    """How images become uint8, for the end of a message; empty where they are."""
+    return "" if images.dtype == np.uint8 else "; scale them to 0..255, then images.round().astype(numpy.uint8)"
+
+
 def check_images(images: object, what: str) -> None:
     """Raise InputError unless `images` is C-contiguous uint8 [N, C, H, W] without an empty axis."""
     if not isinstance(images, np.ndarray):
         raise InputError(f"{what}: expected a numpy array, found {type(images).__name__}")
     if images.dtype != np.uint8 or images.ndim != 4:
-        raise InputError(f"{what}: expected uint8 [N, C, H, W], found {images.dtype} {list(images.shape)}")
+        raise InputError(
+            f"{what}: expected uint8 [N, C, H, W], found {images.dtype} {list(images.shape)}{as_bytes(images)}"
+        )
     if 0 in images.shape:
         raise InputError(f"{what}: expected at least one image and pixel, found the shape {list(images.shape)}")
     if not images.flags.c_contiguous:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feddip_mpi import own_code
+from feddip_mpi import file_kinds, own_code
 from feddip_mpi.data import cifar, download, idx, own_arrays, places, synthetic
 from feddip_mpi.data.catalog import KNOWN, Known
 from feddip_mpi.data.dataset import Dataset, check, check_label_range
@@ -18,6 +18,7 @@ from feddip_mpi.settings import DataConfig
 
 NAMES = (*KNOWN, "npz", "hdf5", "synthetic")
 _IDX_SHAPE = (28, 28)
+_KIND_OF = {"npz": file_kinds.ZIP, "hdf5": file_kinds.HDF5}
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
@@ -115,13 +116,22 @@ def _single_file(config: DataConfig, suffixes: tuple[str, ...]) -> Path:
         raise InputError(
             f"data.path: {path}: no such file; data.name={config.name} needs a {wanted} file: --set data.path=FILE names it"
         )
-    if not path.is_dir():
-        return path
-    files = sorted(item for item in path.iterdir() if item.suffix in suffixes)
+    if path.is_dir():
+        path = _only_one(path, suffixes)
+    kind = file_kinds.kind_of(path)
+    if kind not in (None, _KIND_OF[config.name]):
+        fitting = [name for name in _KIND_OF if _KIND_OF[name] == kind]
+        way_out = f"set data.name={fitting[0]}" if fitting else "--set data.path=FILE names another"
+        raise InputError(f"data.path: {path}: is {kind}, but data.name={config.name}; {way_out}")
+    return path
+
+
+def _only_one(folder: Path, suffixes: tuple[str, ...]) -> Path:
+    files = sorted(item for item in folder.iterdir() if item.suffix in suffixes)
     if len(files) != 1:
         found = ", ".join(item.name for item in files) or "none"
         raise InputError(
-            f"data.path: {path}: expected one {wanted} file in this folder, found {found:.200}; name the file"
+            f"data.path: {folder}: expected one {' or '.join(suffixes)} file in this folder, found {found:.200}; name the file"
         )
     return files[0]
 

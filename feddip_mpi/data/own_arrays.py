@@ -18,6 +18,7 @@ from feddip_mpi.data.dataset import (
     ARRAY_NAMES,
     MAX_CLASSES,
     Dataset,
+    as_bytes,
     channel_statistics,
     check,
     check_label_range,
@@ -56,7 +57,7 @@ def to_channels_first(images: np.ndarray, what: str) -> np.ndarray:
     """uint8 [N, C, H, W], C-contiguous, from any of the three layouts above. Raises InputError if it is none."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         rule = "uint8 [N, H, W], [N, H, W, C] or [N, C, H, W]"
-        raise InputError(f"{what}: expected {rule}, found {images.dtype} {list(images.shape)}")
+        raise InputError(f"{what}: expected {rule}, found {images.dtype} {list(images.shape)}{as_bytes(images)}")
     if 0 in images.shape:
         raise InputError(f"{what}: expected at least one image and pixel, found the shape {list(images.shape)}")
     if images.ndim == 3:

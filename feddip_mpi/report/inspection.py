@@ -187,7 +187,7 @@ def _files(paths: Sequence[str]) -> list[tuple[Path, InputError | None]]:
     found: list[tuple[Path, InputError | None]] = []
     for path in map(Path, paths):
         if not path.is_dir():
-            found.append((path, None))
+            found.append((path, checkpoint.other_kind(path)))
             continue
         inside = checkpoint.listed(checkpoint.folder_of(path))
         found += [(file, None) for file in inside]

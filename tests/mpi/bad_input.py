@@ -311,7 +311,7 @@ def _own() -> dict[str, np.ndarray]:
 def _array_faults() -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     """Wrong arrays of one's own: a label, what replaces the good ones, what is said."""
     nan = np.full((12, 14, 14), np.nan, np.float32)
-    yield "nan images", {"train_images": nan}, ["train_images: expected uint8", "found float32"]
+    yield "nan images", {"train_images": nan}, ["train_images: expected uint8", "found float32", "scale them to 0..255"]
     yield "float images", {"test_images": np.zeros((8, 14, 14))}, ["test_images: expected uint8", "found float64"]
     yield "flat", {"train_images": _pixels(12, 196)}, ["found uint8 [12, 196]"]
     yield "five axes", {"train_images": _pixels(12, 1, 1, 14, 14)}, ["[12, 1, 1, 14, 14]"]
@@ -347,7 +347,7 @@ def _npz_files(folder: Path) -> Found:
         ("cut npz", good[:-100], ["expected an npz file"]),
         ("half npz", good[: len(good) // 2], ["expected an npz file"]),
         ("flipped npz", good[:200] + bytes([good[200] ^ 1]) + good[201:], ["expected an npz file"]),
-        ("text npz", b"train_images = ...", ["expected an npz file"]),
+        ("text npz", b"train_images = ...", ["a text file, but data.name=npz"]),
         ("huge npz", archive.getvalue(), ["expected 1000000000000 bytes"]),
     ):
         path = folder / f"{label}.npz"
@@ -392,12 +392,15 @@ def _hdf5_files(folder: Path) -> Found:
     yield "hdf5", path, DAMAGED, ["truncated or damaged"]
     good = write("good", _own()).read_bytes()
     for label, content in (
-        ("empty", b""), ("cut", good[:-3000]), ("head", good[:40]), ("text", b"train_images: ..."),
+        ("empty", b""), ("cut", good[:-3000]), ("head", good[:40]),
         ("superblock", good[:20] + bytes(60) + good[80:]),
     ):  # fmt: skip
         path = folder / f"{label} file.h5"
         path.write_bytes(content)
         yield "hdf5", path, DAMAGED, ["cannot be read as HDF5", "truncated or damaged"]
+    path = folder / "text file.h5"
+    path.write_bytes(b"train_images: ...")
+    yield "hdf5", path, INPUT, ["a text file, but data.name=hdf5"]
     yield "hdf5", folder / "nowhere.h5", INPUT, ["data.path", "no such file", "--set data.path=FILE"]
 
 
@@ -429,12 +432,21 @@ def _checkpoints(folder: Path, run: Path) -> Iterator[Case]:
         "without content": ((folder / "half.h5").read_bytes(), ["not a checkpoint of this program"]),
     }
     target = folder / "model.safetensors"
+    kinds = {"text": "a text file", "foreign": "an HDF5 file"}
     for label, (content, words) in faults.items():
         path = folder / f"{label} checkpoint.h5"
         path.write_bytes(content)
         for argv in (["inspect", str(path)], ["export", str(path), str(target)], ["evaluate", str(path)]):
-            yield Case("checkpoint", argv, DAMAGED, (str(path), *words))
-        yield Case("checkpoint", ["verify", str(path)], DAMAGED, ("DAMAGED", str(path), "1 of 1 files damaged"))
+            if label in kinds:
+                yield Case(
+                    "checkpoint", argv, INPUT, (str(path), f"is {kinds[label]} and no checkpoint; name one such as")
+                )
+            else:
+                yield Case("checkpoint", argv, DAMAGED, (str(path), *words))
+        if label in kinds:
+            yield Case("checkpoint", ["verify", str(path)], INPUT, ("REFUSED", str(path), "and no checkpoint"))
+        else:
+            yield Case("checkpoint", ["verify", str(path)], DAMAGED, ("DAMAGED", str(path), "1 of 1 files damaged"))
         broken = folder / f"run {label}"
         shutil.copytree(run, broken)
         inside = checkpoint.listed(broken / "checkpoints")

@@ -355,6 +355,36 @@ def test_find_takes_a_file_a_run_folder_or_a_folder_of_checkpoints(tmp_path: Pat
         checkpoint.find(tmp_path / "nothing")
 
 
+def test_a_file_of_another_kind_is_wrong_input_and_not_damage(tmp_path: Path) -> None:
+    """Where the user has named it; under a checkpoint's name, and in a run's folder, it is damage: older ones are taken."""
+    inside = tmp_path / "checkpoints"
+    inside.mkdir()
+    whole = saved(inside)
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["weights"] = np.ones(3)
+    np.savez(tmp_path / "model.npz", x=np.ones(2))
+    (tmp_path / "config.yaml").write_text("rounds: 3\n")
+    for name, kind in (("foreign.h5", "an HDF5 file"), ("model.npz", "a zip file"), ("config.yaml", "a text file")):
+        with pytest.raises(
+            InputError, match=f"{name}: is {kind}.* and no checkpoint; name one such as {whole}, or a run folder"
+        ):
+            checkpoint.find(tmp_path / name)
+    content = whole.read_bytes()
+    for damaged in (b"", b"rounds: 3\n"):
+        whole.write_bytes(damaged)
+        with pytest.raises(DamagedFileError):
+            checkpoint.find(whole)
+    for name, damaged in (
+        ("head", b"?" + content[1:]),
+        ("seal", content[:512]),
+        ("empty", b""),
+        ("noise", bytes(range(256))),
+    ):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DamagedFileError):
+            checkpoint.find(tmp_path / name)
+
+
 def test_a_newer_format_is_wrong_input_and_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 2)
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
@@ -496,7 +526,7 @@ def test_check_model_names_the_first_tensor_that_differs(tmp_path: Path) -> None
     loaded: Loaded = checkpoint.load(saved(tmp_path))
     checkpoint.check_model(loaded, snapshot().layout)
     wider = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 4))
-    with pytest.raises(InputError, match=r"has changed since \(3.weight\)"):
+    with pytest.raises(InputError, match=r"since \(3.weight: \[3, 8\] there, \[4, 8\] now\); take the code"):
         checkpoint.check_model(loaded, Layout.of(wider, LAYERS))
     with pytest.raises(InputError, match="has changed since"):
         checkpoint.check_model(loaded, Layout.of(wider, LAYERS[::-1]))

@@ -8,6 +8,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -288,7 +289,10 @@ def test_broken_cifar100(tmp_path, case):
 
 BROKEN_ARRAYS = {
     "missing": ({"test_labels": None}, "expected the arrays train_images"),
-    "float images": ({"train_images": np.zeros((12, 5, 6), np.float32)}, "found float32 [12, 5, 6]"),
+    "float images": (
+        {"train_images": np.zeros((12, 5, 6), np.float32)},
+        "found float32 [12, 5, 6]; scale them to 0..255, then",
+    ),
     "flat images": ({"train_images": pixels(12, 30)}, "found uint8 [12, 30]"),
     "no images": ({"train_images": pixels(0, 5, 6)}, "at least one image"),
     "scalar": ({"train_labels": np.int64(3)}, "expected integers [N]"),
@@ -326,7 +330,8 @@ def zip_with_header(shape):
 
 BROKEN_NPZ = {
     "empty": (lambda good: b"", "expected an npz file"),
-    "no zip": (lambda good: b"PK" * 99, "expected an npz file"),
+    "no zip": (lambda good: b"PK\0" * 99, "expected an npz file"),
+    "text": (lambda good: b"PK" * 99, "is a text file, but data.name=npz; --set data.path=FILE names another"),
     "cut": (lambda good: good[:-100], "expected an npz file"),
     "bit flipped": (lambda good: flip(good, 200), "expected an npz file"),
     "huge header": (lambda good: zip_with_header((10**6, 10**3, 10**3)), "expected 1000000000000 bytes"),
@@ -339,6 +344,23 @@ def test_broken_npz(tmp_path, case):
     path = npz(tmp_path / "mine.npz")
     path.write_bytes(damage(path.read_bytes()))
     refused("npz", path, path, message)
+
+
+def test_arrays_in_a_file_of_another_kind_are_told_their_name(tmp_path):
+    npz(tmp_path / "mine.npz").rename(tmp_path / "mine.h5")
+    refused(
+        "hdf5",
+        tmp_path / "mine.h5",
+        tmp_path / "mine.h5",
+        "as npz and torch write), but data.name=hdf5; set data.name=npz",
+    )
+    with h5py.File(tmp_path / "mine.npz", "w"):
+        pass
+    refused(
+        "npz", tmp_path / "mine.npz", tmp_path / "mine.npz", "is an HDF5 file, but data.name=npz; set data.name=hdf5"
+    )
+    (tmp_path / "mine.h5").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused("hdf5", tmp_path / "mine.h5", tmp_path / "mine.h5", "is a text file, but data.name=hdf5")
 
 
 def test_a_folder_for_npz_must_hold_one_file(tmp_path):

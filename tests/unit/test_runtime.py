@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import Alone
 from test_methods import build
 
 from feddip_mpi import rounds, runtime, session
@@ -169,6 +170,14 @@ def test_rank_0_appends_to_the_run_log_and_others_do_not(
     ]  # fmt: skip
     shown = capsys.readouterr().err
     assert "quiet" not in shown and shown.count("loud") == 3
+
+
+def test_the_log_opens_with_words(tmp_path: Path, own_log: None) -> None:
+    session._open_log(Alone(), RunFolder(tmp_path), "start: feddip")  # type: ignore[arg-type]
+    first, second = (tmp_path / "run.log").read_text().splitlines()
+    assert first.endswith("INFO start: feddip")
+    assert " INFO with feddip_mpi " in second and f", torch {runtime.versions()['torch']}, " in second
+    assert not set("{}'") & set(first + second)
 
 
 def test_results_name_hardware_and_versions() -> None:
