@@ -566,6 +566,7 @@ def _finish(built: Federation, run: Run, state: State, history: list[Record]) ->
     except OSError as error:
         raise hdf5.cannot_write(error, folder.finished) from None
     log.info("finished after round %d", state.server.round)
+    run.watchdog.enter("draw")
     terminal.show_summary(summary, folder.path, _draw(built, folder, history))
 
 

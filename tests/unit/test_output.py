@@ -47,10 +47,18 @@ def test_what_cannot_be_shown_is_said_once_on_stderr(words: str) -> None:
     assert done.stderr.count("stdout: cannot be written ([Errno 28] No space left on device)") == 1, done.stderr
 
 
-def test_a_terminal_that_is_gone_ends_nothing() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "output.say('one')",
+        "from feddip_mpi.report import terminal; bar = terminal.RichProgress(3); output.say('one'); bar.close()",
+        "from feddip_mpi.report import terminal; terminal.print_tables('one', terminal.table('two'))",
+    ],
+)
+def test_a_terminal_that_is_gone_ends_nothing(words: str) -> None:
     master, slave = pty.openpty()
     os.close(master)
-    done = run("output.say('one'); output.settle(); sys.exit(3)", stdout=slave)
+    done = run(f"{words}; output.settle(); sys.exit(3)", stdout=slave, TERM="xterm")
     os.close(slave)
     assert (done.returncode, "Traceback" in done.stderr) == (3, False), done.stderr
 
