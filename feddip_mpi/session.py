@@ -502,7 +502,8 @@ def _take_over_folder(comm: Communicator, run: Run) -> None:
 
     def lock() -> None:
         if not run.owner:
-            _hold(run.held, Lock(run.folder, run_folder.lock_seconds(), lambda: run.stop.requested))
+            # Also when a signal has come: nothing is saved without it.
+            _hold(run.held, Lock(run.folder, run_folder.lock_seconds()))
             run.owner = True
 
     on_root(comm, lock)
