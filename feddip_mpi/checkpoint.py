@@ -232,11 +232,15 @@ def _patiently(read: Callable[[], T]) -> T:
 
 def _loaded(reader: Reader, attributes: dict[str, Any]) -> Loaded:
     try:
-        return _read(reader.path, reader, attributes)
+        loaded = _read(reader.path, reader, attributes)
     except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
         raise DamagedFileError(
             f"{reader.path}: not a checkpoint of this program ({error!r} is missing or wrong)"
         ) from None
+    named, round = _NAME.fullmatch(reader.path.name), loaded.server.round
+    if named and int(named[1]) != round:  # files are taken for the newest, and deleted as old, by their names
+        raise DamagedFileError(f"{reader.path}: its name is another round's, it holds round {round}: rename it")
+    return loaded
 
 
 def check_format(reader: Reader) -> dict[str, Any]:
@@ -356,13 +360,21 @@ def residual_bytes(path: Path) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def verify(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read every byte that has a checksum, and what a resume reads; returns (datasets, root attributes)."""
+def verify(path: Path) -> tuple[int, Loaded]:
+    """Read every byte that has a checksum, and what a resume reads; returns (datasets, what it holds)."""
     with hdf5.open_file(path) as reader:
         attributes = check_format(reader)
         datasets = reader.verify()
-        _loaded(reader, attributes)
-        return datasets, attributes
+        return datasets, _loaded(reader, attributes)
+
+
+def check_config(path: Path, told: Config, found: Loaded) -> None:
+    """Raise InputError where a run folder's configuration, `told`, read from `path`, is not that of its checkpoint."""
+    saved, now = config.flat(found.config), config.flat(told)
+    differing = [key for key in saved if saved[key] != now[key] and key not in config.RESUMABLE_KEYS]
+    if differing:
+        lines = [f"  {key} is {now[key]!r}, but {saved[key]!r} in {found.path.name}" for key in differing]
+        raise InputError("\n".join([f"{path}: says what cannot change in a resumed run, or is another run's:", *lines]))
 
 
 def listed(folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ def examine(comm: Communicator, target: str | None, overrides: Sequence[str], as
     settings = config.validate(values)
     rows = comm.gather_json({**look(comm, settings), "lock": probes.lock(comm, Path(folder["path"]))})
     rows = [{**row, "clock": clock} for row, clock in zip(rows, probes.clocks(comm), strict=True)]
-    needs = probes.needs(settings, rows[0]["mask"], comm.size)
+    needs = probes.needs(settings, rows[0]["mask"], comm.size, on_gpu=all(row["gpu"] for row in rows))
     found = verdicts(rows, folder, needs)
     if comm.rank == 0:
         if as_json:

@@ -186,12 +186,15 @@ def mask(settings: Config) -> Json:
     }
 
 
-def needs(settings: Config, made: Json, ranks: int) -> Json:
+def needs(settings: Config, made: Json, ranks: int, on_gpu: bool) -> Json:
     """Bytes that a run takes, roughly: memory of the busiest rank, and of a node for the data; disk for checkpoints. Pure.
+
+    Memory is the host's.
 
     Args:
         made: see `mask`.
         ranks: the clients' residuals are spread over.
+        on_gpu: whether every rank has one, in whose memory the activations are.
     """
     size, prunable, upload = made["size"], made["prunable"], settings.upload
     residual = 0 if upload.residual == "drop" else (2 if upload.residual_values == "bf16" else 4) * prunable
@@ -200,7 +203,8 @@ def needs(settings: Config, made: Json, ranks: int) -> Json:
     vectors = _VECTORS + trained + _AT_ONCE * (at_once - 1)
     in_memory = min(held * residual, upload.residual_memory * 2**20)  # the others lie in a file
     training = _OF_A_STEP * at_once * settings.batch_size * made["kept_bytes"]
-    activations = max(training, _OF_A_LAYER * settings.eval.batch_size * made["largest_bytes"])
+    evaluation = _OF_A_LAYER * settings.eval.batch_size * made["largest_bytes"]
+    activations = 0 if on_gpu else max(training, evaluation)
     checkpoint = 4 * size + prunable // 8 + settings.clients * residual
     files = settings.checkpoint.keep + settings.checkpoint.best + 1  # the newest is written before the oldest goes
     return {

@@ -224,13 +224,7 @@ def _last_told(folder: RunFolder, found: Loaded) -> Config:
         return found.config
     try:
         told = config.load(folder.config)
-        saved, now = config.flat(found.config), config.flat(told)
-        differing = [key for key in saved if saved[key] != now[key] and key not in config.RESUMABLE_KEYS]
-        if differing:
-            lines = [f"  {key} is {now[key]!r}, but {saved[key]!r} in {found.path.name}" for key in differing]
-            raise InputError(
-                "\n".join([f"{folder.config}: says what cannot change in a resumed run, or is another run's:", *lines])
-            )
+        checkpoint.check_config(folder.config, told, found)
     except InputError as error:
         raise InputError(
             f"{error}\n  mend this file; or remove it, and `resume` goes on as {found.path.name} says, without what "

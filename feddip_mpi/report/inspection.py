@@ -136,6 +136,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def verify(paths: Sequence[str]) -> int:
     """Read every byte of checkpoints and of the checkpoints in run folders; one line a file on stdout.
 
+    A checkpoint in a run folder must also have the configuration that the folder has, without which `resume` refuses it.
+
     Files of a running job's folder that it deletes meanwhile are passed over.
 
     Returns:
@@ -143,7 +145,7 @@ def verify(paths: Sequence[str]) -> int:
 
     Raises:
         DamagedFileError: at least one is damaged; all were looked at before.
-        InputError: a path is no checkpoint or holds none, or is of a newer format; all were looked at before.
+        InputError: a path is no checkpoint or holds none, is of a newer format or another run's; all were looked at before.
     """
     problems: list[FeddipError] = []
     whole = 0
@@ -151,7 +153,8 @@ def verify(paths: Sequence[str]) -> int:
         try:
             if error is not None:
                 raise error
-            datasets, attributes = checkpoint.verify(path)
+            datasets, loaded = checkpoint.verify(path)
+            _check_config(path, loaded)
         except FeddipError as caught:
             if path not in map(Path, paths) and _is_gone(path):
                 continue
@@ -159,7 +162,7 @@ def verify(paths: Sequence[str]) -> int:
             terminal.say(f"{'DAMAGED' if isinstance(caught, DamagedFileError) else 'REFUSED'}  {caught}")
         else:
             whole += 1
-            terminal.say(f"OK       {path}: round {attributes['round']}, {datasets} datasets{_size(path)}")
+            terminal.say(f"OK       {path}: round {loaded.server.round}, {datasets} datasets{_size(path)}")
     damaged = sum(isinstance(problem, DamagedFileError) for problem in problems)
     if damaged:
         raise DamagedFileError(
@@ -168,6 +171,12 @@ def verify(paths: Sequence[str]) -> int:
     if problems:
         raise InputError(f"{len(problems)} of {whole + len(problems)} cannot be checked, see above")
     return whole
+
+
+def _check_config(path: Path, loaded: Loaded) -> None:
+    folder = run_folder.RunFolder(path.absolute().parent.parent)
+    if path.parent.name == folder.checkpoints.name and folder.config.exists():
+        checkpoint.check_config(folder.config, config.load(folder.config), loaded)
 
 
 def _is_gone(path: Path) -> bool:

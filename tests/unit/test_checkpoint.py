@@ -181,14 +181,11 @@ def test_a_checkpoint_before_the_first_round(tmp_path: Path) -> None:
 
 
 def test_equal_state_gives_equal_arrays_and_other_state_another_digest(tmp_path: Path) -> None:
-    digests = [
-        checkpoint.save(tmp_path / f"round-00000{i}.h5", snapshot(seed=seed), residuals())
-        for i, seed in enumerate([0, 1])
-    ]
+    digests = [checkpoint.save(tmp_path / f"{seed}.h5", snapshot(seed=seed), residuals()) for seed in (0, 1)]
     assert digests[0] != digests[1]
-    datasets, attributes = checkpoint.verify(tmp_path / "round-000000.h5")
-    assert attributes["digest"] == digests[0]
-    with hdf5.open_file(tmp_path / "round-000000.h5") as reader:
+    datasets, loaded = checkpoint.verify(tmp_path / "0.h5")
+    assert loaded.digest == digests[0]
+    with hdf5.open_file(tmp_path / "0.h5") as reader:
         assert datasets == len(reader.names())
 
 
@@ -395,6 +392,19 @@ def test_a_newer_format_is_wrong_input_and_not_damage(tmp_path: Path, monkeypatc
             read(path)
     with pytest.raises(InputError, match="is newer"):  # falling back to round 2 would throw rounds away
         checkpoint.newest(tmp_path)
+
+
+def test_a_file_by_the_name_of_another_round_is_refused(tmp_path: Path) -> None:
+    older, newer = saved(tmp_path, 2), saved(tmp_path, 4)
+    newer.rename(checkpoint.path_of(tmp_path, 9))
+    found, (refused,) = checkpoint.newest(tmp_path)
+    assert (
+        found.path == older and "round-000009.h5: its name is another round's, it holds round 4: rename it" in refused
+    )
+    with pytest.raises(DamagedFileError, match="holds round 4"):
+        checkpoint.verify(checkpoint.path_of(tmp_path, 9))
+    copy = checkpoint.path_of(tmp_path, 9).rename(tmp_path / "mine.h5")  # other names say nothing of a round
+    assert checkpoint.load(copy).server.round == 4
 
 
 def test_a_damaged_format_version_is_damage(tmp_path: Path) -> None:

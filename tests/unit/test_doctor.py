@@ -193,30 +193,35 @@ def made(size: int = 1000, prunable: int = 800, **more: int) -> dict:
     return {"size": size, "prunable": prunable, "data_bytes": 0, "kept_bytes": 0, "largest_bytes": 0, **more}
 
 
+def needs(settings: config.Config, made: dict, ranks: int, on_gpu: bool = False) -> dict:
+    return probes.needs(settings, made, ranks, on_gpu)
+
+
 def test_needs_grow_with_clients_and_shrink_with_ranks() -> None:
     settings = config.parse("", ["clients=50", "checkpoint.keep=2", "checkpoint.best=false"])
-    one, many = probes.needs(settings, made(), 1), probes.needs(settings, made(), 50)
+    one, many = needs(settings, made(), 1), needs(settings, made(), 50)
     assert one["memory_bytes"] - many["memory_bytes"] == 49 * 4 * 800 + 4 * 4 * 1000
     assert one["disk_bytes"] == 3 * (4 * 1000 + 100 + 50 * 4 * 800) == many["disk_bytes"]
-    spilled = probes.needs(config.override(settings, ["upload.residual_memory=0"]), made(), 1)
+    spilled = needs(config.override(settings, ["upload.residual_memory=0"]), made(), 1)
     assert one["memory_bytes"] - spilled["memory_bytes"] == 50 * 4 * 800
-    half = probes.needs(config.override(settings, ["upload.residual_values=bf16"]), made(), 1)
+    half = needs(config.override(settings, ["upload.residual_values=bf16"]), made(), 1)
     assert one["memory_bytes"] - half["memory_bytes"] == 50 * 2 * 800
-    at_once = probes.needs(config.override(settings, ["clients_at_once=3"]), made(), 1)
+    at_once = needs(config.override(settings, ["clients_at_once=3"]), made(), 1)
     assert at_once["memory_bytes"] > one["memory_bytes"]
-    assert probes.needs(config.override(settings, ["clients_at_once=3"]), made(), 50) == many
-    assert probes.needs(config.parse("", ["upload.residual=drop"]), made(), 1)["disk_bytes"] == 5 * 4100
+    assert needs(config.override(settings, ["clients_at_once=3"]), made(), 50) == many
+    assert needs(config.parse("", ["upload.residual=drop"]), made(), 1)["disk_bytes"] == 5 * 4100
 
 
 def test_needs_count_the_data_and_the_larger_of_two_batches() -> None:
     settings = config.parse("", ["batch_size=10", "eval.batch_size=1"])
-    bare = probes.needs(settings, made(), 1)
-    assert bare["data_bytes"] == 0 and probes.needs(settings, made(data_bytes=70), 1)["data_bytes"] == 140
+    bare = needs(settings, made(), 1)
+    assert bare["data_bytes"] == 0 and needs(settings, made(data_bytes=70), 1)["data_bytes"] == 140
 
     def more(*changes: str) -> int:
         layers = made(kept_bytes=1000, largest_bytes=100)
         changed = config.override(settings, changes)
-        return probes.needs(changed, layers, 1)["memory_bytes"] - probes.needs(changed, made(), 1)["memory_bytes"]
+        assert needs(changed, layers, 1, on_gpu=True) == needs(changed, made(), 1)
+        return needs(changed, layers, 1)["memory_bytes"] - needs(changed, made(), 1)["memory_bytes"]
 
     assert more() == 2 * 10 * 1000
     assert more("clients_at_once=3") == 3 * 2 * 10 * 1000

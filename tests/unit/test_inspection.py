@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_checkpoint import saved
+from test_checkpoint import saved, snapshot
 
-from feddip_mpi import checkpoint, hdf5
+from feddip_mpi import checkpoint, config, hdf5
 from feddip_mpi.errors import InputError, UnreadableFileError
 from feddip_mpi.report import inspection
 
@@ -64,3 +64,15 @@ def test_a_file_that_cannot_be_read_is_not_gone(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(hdf5, "check_seal", stale)
     with pytest.raises(InputError, match="1 of 1 cannot be checked"):
         inspection.verify([str(tmp_path)])
+
+
+def test_verify_refuses_another_runs_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    path, settings = saved(tmp_path / "checkpoints", 4), tmp_path / "config.yaml"
+    settings.write_text(config.to_yaml(config.override(snapshot().config, ["rounds=500"], config.RESUMABLE_KEYS)))
+    assert inspection.verify([str(tmp_path)]) == inspection.verify([str(path)]) == 1
+    settings.write_text("{clients: 3, participants: 2, seed: 5}")
+    for named in (tmp_path, path):
+        with pytest.raises(InputError, match="1 of 1 cannot be checked"):
+            inspection.verify([str(named)])
+        assert f"seed is 5, but {2**62 + 1} in round-000004.h5" in capsys.readouterr().out
