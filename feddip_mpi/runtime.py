@@ -268,7 +268,8 @@ def prepare_torch(config: Config, local: int) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     if config.memory_fraction < 1:
         torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device)
-    torch.use_deterministic_algorithms(config.deterministic)
+    # What `use_deterministic_algorithms` sets, without its import of the compiler's settings: 2 s of a core for each rank.
+    torch.set_deterministic_debug_mode("error" if config.deterministic else "default")
     # Every tensor here is written before it is read: filling fresh ones with NaN would only cost a pass over each.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.deterministic

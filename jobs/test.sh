@@ -66,6 +66,7 @@ export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_po
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
 export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
 export FEDDIP_MPIRUN=$MPIRUN
+unset PYTHONDONTWRITEBYTECODE # every rank would compile the package for itself
 
 # Most of the time goes into starting ranks one after another: two files at a time, in the order in which they are collected.
 if (($# == 0 && $(env -u OMP_NUM_THREADS nproc) > 1)); then

@@ -51,6 +51,7 @@ class Job:
         ranks: int | None = None,
         library: str = "default",
         extra: dict[str, str] | None = None,
+        pictures: bool = False,
     ) -> None:
         """Start `python argv` on `ranks` ranks; None: a plain process without a launcher.
 
@@ -59,8 +60,9 @@ class Job:
             library: "default" (the environment's own MPI), "ulfm" (the same, started to survive dead ranks) or "mpich" (the
                 one at $FEDDIP_MPICH).
             extra: additional environment variables.
+            pictures: whether matplotlib is there; a third of a short run's time goes into its picture.
         """
-        command, environment = _command(ranks, library)
+        command, environment = _command(ranks, library, pictures)
         # Short, because sockets with at most 107 characters in their path live there.
         self._scratch = Path(tempfile.mkdtemp(prefix="fd"))
         self._mark = f"{_MARK}={uuid.uuid4().hex}"
@@ -154,9 +156,10 @@ def run(
     library: str = "default",
     seconds: float = 180,
     extra: dict[str, str] | None = None,
+    pictures: bool = False,
 ) -> Result:
     """Start a job (see `Job`) and wait for its end."""
-    with Job(argv, ranks, library, extra) as job:
+    with Job(argv, ranks, library, extra, pictures) as job:
         return job.wait(seconds)
 
 
@@ -165,9 +168,10 @@ def require(library: str) -> None:
     _launcher(library)
 
 
-def _command(ranks: int | None, library: str) -> tuple[list[str], dict[str, str]]:
+def _command(ranks: int | None, library: str, pictures: bool) -> tuple[list[str], dict[str, str]]:
     """The words before the interpreter's arguments, and the environment."""
-    paths = [str(ROOT), str(PROGRAMS), os.environ.get("PYTHONPATH", "")]
+    hidden = "" if pictures else str(PROGRAMS / "no_matplotlib")
+    paths = [str(ROOT), str(PROGRAMS), hidden, os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

@@ -12,7 +12,8 @@ QUICK = ("bench", "exchange", "--repeats", "1", "--seconds", "60")
 
 
 def bench(out: Path, ranks: int | None, *words: str, library: str = "default", **extra: str) -> dict:
-    done = launch.run([*launch.FEDDIP, *QUICK, "--out", str(out), *words], ranks, library, 60, extra).expect(0)
+    argv = [*launch.FEDDIP, *QUICK, "--out", str(out), *words]
+    done = launch.run(argv, ranks, library, 60, extra, pictures=True).expect(0)
     assert done.orphans == 0
     result: dict = json.loads((out / "exchange.json").read_text())
     assert not result["left_out"]

@@ -1,6 +1,9 @@
 """The command line by itself: what it says of options, before any command begins."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +71,26 @@ def test_a_key_that_is_set_twice_is_told(
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0.0)
     assert len(said(capsys, monkeypatch, *words).splitlines()) == 1
+
+
+def test_collections_are_few_while_importing_and_usual_while_working() -> None:
+    """What is imported is never looked at again; what work leaves behind, tensors among it, is."""
+    code = """
+import gc
+from alone import Alone
+from feddip_mpi import cli, collectives, session
+usual = gc.get_threshold()
+comm = Alone()
+comm.leave = lambda code: None
+collectives.world = lambda *_: comm
+def train(comm, *_):
+    print("importing:", importing[0] > 10 * usual[0], "working:", gc.get_threshold() == usual, gc.get_freeze_count() > 100_000)
+session.train = train
+importing, under_mpi = [], cli._under_mpi
+cli._under_mpi = lambda work: (importing.extend(gc.get_threshold()), under_mpi(work))
+cli.main()
+"""
+    words = [sys.executable, "-c", code, "train", "mine.yaml"]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(cli.__file__).parents[1])])
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert (done.returncode, done.stdout) == (0, "importing: True working: True True\n"), done.stderr

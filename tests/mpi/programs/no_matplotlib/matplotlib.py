@@ -1,0 +1,3 @@
+"""Stands before the real one on the path: as where it is not installed."""
+
+raise ImportError("hidden")
