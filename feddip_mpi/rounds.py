@@ -318,7 +318,9 @@ def play(federation: Federation, state: State, plan: RoundPlan, life: Life | Non
     speeds = _speeds(federation, state, placed, meter.seconds["train"])
     outcome = exchange.finish()
     meter.seconds["transfer"] = exchange.transfer_seconds
-    extras = besides.summed(federation, messages, rules, state.server.support, plan.round, placed, meter.phase)
+    extras = besides.summed(
+        federation, messages, rules, state.server.support, plan.round, placed, meter.phase, plan.exchange
+    )
     with meter.phase("server"):
         stepped, step, memories = federation.method.step(state.server, outcome.aggregate, extras, state.memories, plan)
     reference = _reference(state, task, outcome.aggregate)
