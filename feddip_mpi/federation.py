@@ -85,7 +85,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         error = caught
     comm.check(error)
     initial = flatten(model, layout)
-    _require_same_start(comm, parts, initial)
+    _require_same_start(comm, device, parts, initial)
     initial = initial.to(device)
     bound, *more = (BoundModel(each, layout, device) for each in (model, *others))
     # On the CPU convolution and pooling then run channels last too: 1.3 times the LeNet-5 step (docs/results/step.json).
@@ -214,13 +214,16 @@ def agree_on_identity(dataset: data.Dataset, comm: Communicator) -> str:
     return identity
 
 
-def _require_same_start(comm: Communicator, parts: partitions.Partition, initial: torch.Tensor) -> None:
+def _require_same_start(
+    comm: Communicator, device: torch.device, parts: partitions.Partition, initial: torch.Tensor
+) -> None:
     """Raises PeerError on all ranks where they would not train the same: wrong results, and no later check may notice.
 
     Each rank partitions the data and draws the first weights by itself. Versions that differ without changing these are
     warned of: other libraries may compute other last bits, which replicas that drift apart show.
     """
     mine = {
+        "device": device.type,
         "partition": f"{_crc([*parts.train, *parts.test]):08x}",
         "initial weights": f"{_crc([initial.numpy()]):08x}",
         "versions": ", ".join(f"{name} {version}" for name, version in runtime.versions().items()),
@@ -236,13 +239,14 @@ def _require_same_start(comm: Communicator, parts: partitions.Partition, initial
         for value, ranks in holders.items()
     ]
     told = "\n".join(lines)
-    if all(each[name] == mine[name] for each in found for name in ("partition", "initial weights")):
+    if all(each[name] == mine[name] for each in found for name in ("device", "partition", "initial weights")):
         if comm.rank == 0:
             runtime.log.warning("the ranks differ in their versions, which may change last bits:\n%s", told)
         return
     error = PeerError(
-        f"the ranks would not train the same (CRC-32 of what each has made):\n{told}\n"
-        "give all ranks the same versions and the same code of your own; `feddip-mpi doctor` compares them"
+        f"the ranks would not train the same (CRC-32 of what each has made, and where):\n{told}\n"
+        "give all ranks the same versions, the same code of your own and GPUs, or none (`device`); `feddip-mpi doctor` "
+        "compares them"
     )
     error.shared = True
     raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from feddip_mpi import generators
 from feddip_mpi.data import augment
-from feddip_mpi.errors import Abandoned
+from feddip_mpi.errors import Abandoned, InputError
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.streams import stream, torch_seed
 from feddip_mpi.vector import BoundModel, Layout
@@ -250,11 +251,12 @@ class LocalTrainer:
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The cross-entropy at the pruned weights (no sync), and its gradient for each parameter."""
         reduced = self.rule.precision == "bf16"
-        # The cache of rounded weights is the process's: another client's thread would empty it in mid-pass.
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced, cache_enabled=False):
-            logits = self.bound.model(images)
-        loss = torch.nn.functional.cross_entropy(logits.float() if reduced else logits, labels)
-        gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
+        with _deterministic_or_told():
+            # The cache of rounded weights is the process's: another client's thread would empty it in mid-pass.
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced, cache_enabled=False):
+                logits = self.bound.model(images)
+            loss = torch.nn.functional.cross_entropy(logits.float() if reduced else logits, labels)
+            gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
         return loss.detach(), gradients
 
     def _batches(self, samples: np.ndarray, round: int, client: int) -> _Batches:
@@ -273,6 +275,21 @@ class LocalTrainer:
         ]
         own = torch.from_numpy(samples).to(device)
         return _Batches(self.data, own, torch.from_numpy(order).to(device), bounds, crops)
+
+
+@contextmanager
+def _deterministic_or_told() -> Iterator[None]:
+    """Raises InputError where a network of the user's has a layer that cannot repeat its bits on this device."""
+    try:
+        yield
+    except RuntimeError as error:
+        layer, told, _ = str(error).partition(" does not have a deterministic implementation")
+        if not told:
+            raise
+        raise InputError(
+            f"deterministic: got on, but the network computes with {layer}, which has no form that repeats its bits on this "
+            "device; allowed: another layer in its place, or a run with deterministic=off, whose bits do not repeat"
+        ) from error
 
 
 class _Batches:

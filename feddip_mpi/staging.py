@@ -6,6 +6,8 @@ wrongly says it does ends in a segmentation fault.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def to_host(data: Tensor) -> np.ndarray:
     if data.device.type == "cpu":
         return data.numpy()
     staged = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-    side = torch.cuda.Stream(data.device)
+    side = _side_stream(data.device)
     side.wait_stream(torch.cuda.current_stream(data.device))
     with torch.cuda.stream(side):
         staged.copy_(data, non_blocking=True)
@@ -34,3 +36,9 @@ def to_device(data: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return staged
     return staged.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: PyTorch has 32 and hands them out in turn, so that a new one may be the one that a client trains on."""
+    return torch.cuda.Stream(device)

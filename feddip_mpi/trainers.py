@@ -1,4 +1,4 @@
-"""The trainers of a rank: several clients train at once, each in a thread, a workspace and (on a GPU) a stream of its own.
+"""The trainers of a rank: several clients train at once, each in a workspace, a thread and (on a GPU) a stream of its own.
 
 Every client runs the operations that it would run alone, in their order, on memory that no other client touches, and
 results are handed out in client order. How many train at once therefore changes no bit.
@@ -51,7 +51,8 @@ class Trainers:
         self.all = tuple(trainers)
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
-        self._free: SimpleQueue[tuple[LocalTrainer, torch.cuda.Stream | None]] = SimpleQueue()
+        self._free: SimpleQueue[LocalTrainer] = SimpleQueue()
+        self._own = threading.local()
 
     def begin_round(self, round: int, updates_mask: bool) -> None:
         """See `LocalHook.begin_round`."""
@@ -80,9 +81,9 @@ class Trainers:
         own_stream = _stream_here(self.all[0])
 
         def one(client: int) -> LocalResult:
-            trainer, stream = place = self._free.get()
+            trainer = self._free.get()
             try:
-                with _on(stream, own_stream):
+                with _on(self._own.stream, own_stream):
                     result = train(trainer, client, stop.is_set, False)
                 if own_stream is not None:
                     # This thread's stream frees them not before that one is done with them.
@@ -90,7 +91,7 @@ class Trainers:
                         vector.record_stream(own_stream)
                 return result
             finally:
-                self._free.put(place)
+                self._free.put(trainer)
 
         futures: deque[Future[LocalResult]] = deque()
         try:
@@ -114,12 +115,23 @@ class Trainers:
     def _opened(self) -> ThreadPoolExecutor:
         """The threads, which live as long as the run: each keeps what libraries make once a thread."""
         if self._pool is None:
-            # A thread does not inherit how many threads torch may use.
-            self._pool = ThreadPoolExecutor(len(self.all), "trainer", torch.set_num_threads, (self._threads,))
+            self._pool = ThreadPoolExecutor(len(self.all), "trainer", self._begin_thread)
             for trainer in self.all:
-                device = trainer.bound.vector.device
-                self._free.put((trainer, torch.cuda.Stream(device) if device.type == "cuda" else None))
+                self._free.put(trainer)
         return self._pool
+
+    def _begin_thread(self) -> None:
+        """What a thread does not inherit: how many threads torch may use, and its GPU.
+
+        A stream belongs to a thread and not to a trainer: cuBLAS keeps 32 MiB for each pair of a thread and a stream. A
+        thread whose GPU is not set takes the first one, and half a gigabyte of it for nothing.
+        """
+        torch.set_num_threads(self._threads)
+        device = self.all[0].bound.vector.device
+        self._own.stream = None
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            self._own.stream = torch.cuda.Stream(device)
 
 
 SHARED_GENERATORS = (

@@ -182,5 +182,8 @@ def largest_inputs(values: Tensor, share: float) -> Tensor:
         return values
     flat = values.detach().abs().reshape(-1)
     keep = max(1, int(share * flat.numel()))
-    smallest = torch.kthvalue(flat, flat.numel() - keep + 1).values
+    if values.device.type == "cpu":
+        smallest = torch.kthvalue(flat, flat.numel() - keep + 1).values
+    else:  # there older versions of torch refuse kthvalue, whose index does not repeat where values are equal
+        smallest = torch.topk(flat, keep, sorted=False).values.min()
     return torch.where(values.detach().abs() >= smallest, values.detach(), torch.zeros((), device=values.device))

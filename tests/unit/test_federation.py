@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -94,11 +95,14 @@ def parts(*train: list[int]) -> Partition:
     return Partition(tuple(np.array(own, np.int64) for own in train), tuple(np.zeros(0, np.int64) for _ in train))
 
 
-def start(comm: Together, odd: dict[int, Partition], weights: dict[int, float]) -> str:
-    """What a rank is told of others with another partition or other first weights; nothing where all is well."""
-    initial = torch.full((3,), weights.get(comm.rank, 1.0))
+def start(comm: Together, odd: dict[int, Partition], weights: dict[int, float], gpus: Collection[int] = ()) -> str:
+    """What a rank is told of others with another partition, other first weights or a GPU; nothing where all is well."""
+    initial, device = (
+        torch.full((3,), weights.get(comm.rank, 1.0)),
+        torch.device("cuda" if comm.rank in gpus else "cpu"),
+    )
     try:
-        federation._require_same_start(comm, odd.get(comm.rank, parts([0, 1], [2])), initial)  # type: ignore[arg-type]
+        federation._require_same_start(comm, device, odd.get(comm.rank, parts([0, 1], [2])), initial)  # type: ignore[arg-type]
     except PeerError as error:
         return str(error)
     return ""
@@ -111,6 +115,12 @@ def test_ranks_that_would_not_train_the_same_are_named() -> None:
     assert re.search("partition: ranks 0, 2-3: .*\n  partition: rank 1: ", told) and "weights" not in told
     (told,) = set(together(2, lambda comm: start(comm, {}, {1: -0.0})))
     assert re.search("initial weights: rank 0: .*\n  initial weights: rank 1: ", told) and "partition" not in told
+
+
+def test_ranks_with_and_without_a_gpu_are_told_before_they_drift_apart() -> None:
+    assert together(3, lambda comm: start(comm, {}, {}, gpus=range(3))) == [""] * 3
+    (told,) = set(together(3, lambda comm: start(comm, {}, {}, gpus=[1])))
+    assert re.search("device: ranks 0, 2: cpu\n  device: rank 1: cuda\n", told) and "weights" not in told
 
 
 def test_other_versions_alone_are_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

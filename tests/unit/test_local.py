@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from feddip_mpi import local as local_module
+from feddip_mpi.errors import InputError
 from feddip_mpi.local import DeviceData, LocalRule, LocalTrainer, batch_bounds
 from feddip_mpi.server import pruned
 from feddip_mpi.streams import stream
@@ -59,6 +60,26 @@ def trainer(rule: LocalRule, dropout: float = 0.0, own_noise: bool = False) -> L
 
 def rule(**values: object) -> LocalRule:
     return LocalRule(**{"seed": 3, "epochs": 2, "batch_size": 8, "weight_decay": 0.0, **values})
+
+
+class Indexed(Small):
+    """Writes values to places, of which torch has no deterministic form, here neither."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().put_(torch.tensor([0]), torch.zeros(1))
+        return super().forward(x)
+
+
+def test_a_layer_that_cannot_repeat_its_bits_is_told_with_the_way_out() -> None:
+    layout = small()[1]
+    local = LocalTrainer(BoundModel(Indexed(), layout, torch.device("cpu")), data(), rule())
+    received = local.bound.vector.clone()
+    torch.set_deterministic_debug_mode("error")
+    try:
+        with pytest.raises(InputError, match=r"^deterministic: got on.* put_, .*deterministic=off"):
+            local.train(received, some_mask(layout), SAMPLES, 0.1, 0.0, 0, 0)
+    finally:
+        torch.set_deterministic_debug_mode("default")
 
 
 def some_mask(layout: Layout) -> Tensor:
