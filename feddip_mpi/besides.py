@@ -1,7 +1,7 @@
 """What travels besides updates because a method asks for it: its opening, and extra vectors of a round's participants.
 
-All of it goes by `exchange: allgatherv`, whatever the updates take, and is added up in client order: the same bits on
-any number of ranks.
+It goes by slices where the updates do (`exchange: sharded`), for which no rank has all participants' vectors at once, and else
+by `allgatherv`; it is added up in client order, so it is the same bits by either way and on any number of ranks.
 """
 
 from __future__ import annotations
@@ -74,12 +74,17 @@ def summed(
     round: int,
     placed: Mapping[int, int],
     phase: Phase = untimed,
+    updates: str = "allgatherv",
 ) -> list[Tensor]:
-    """sum_k p_k x_k [P] of each extra vector, on every rank; `messages` are this rank's (see `encoded`)."""
+    """sum_k p_k x_k [P] of each extra vector, on every rank; `messages` are this rank's (see `encoded`).
+
+    `updates`: how those of the round travel.
+    """
     weights = shares(federation.samples, list(placed))
     sums = []
     for rule, own in zip(rules, messages, strict=True):
-        exchange = Exchange(federation.comm, _task(support, support.size, rule, round, placed, weights), phase=phase)
+        task = _task(updates, support, support.size, rule, round, placed, weights)
+        exchange = Exchange(federation.comm, task, phase=phase)
         for message in own:
             exchange.post(message)
         exchange.close()
@@ -90,9 +95,11 @@ def summed(
 
 
 def _task(
-    support: Support, size: int, rule: Upload, round: int, placed: Mapping[int, int], weights: Mapping[int, float]
-) -> Task:
-    return Task("allgatherv", False, round, support, size, rule, placed, weights)
+    updates: str, support: Support, size: int, rule: Upload, round: int, placed: Mapping[int, int],
+    weights: Mapping[int, float],
+) -> Task:  # fmt: skip
+    mode = "sharded" if updates == "sharded" else "allgatherv"
+    return Task(mode, False, round, support, size, rule, placed, weights)
 
 
 def opening(federation: Federation, holders: Sequence[int], life: Life) -> tuple[list[Tensor], Opened | None]:
@@ -112,7 +119,9 @@ def opening(federation: Federation, holders: Sequence[int], life: Life) -> tuple
     for first in range(0, len(asked.clients), config.participants):
         clients = asked.clients[first : first + config.participants]
         placed = placement.assign(clients, federation.samples, holders, comm.size)
-        exchanges = [Exchange(comm, _task(support, size, Upload(), 0, placed, weights)) for size in asked.sizes]
+        exchanges = [
+            Exchange(comm, _task(config.exchange, support, size, Upload(), 0, placed, weights)) for size in asked.sizes
+        ]
         error: FeddipError | None = None
         try:
             for client in clients:

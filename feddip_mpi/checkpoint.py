@@ -305,7 +305,7 @@ def _read(path: Path, reader: Reader, attributes: dict[str, Any]) -> Loaded:
 
 
 def _class_names(reader: Reader) -> tuple[str, ...]:
-    if not reader.names(_CLASS_NAMES):
+    if not reader.has(_CLASS_NAMES):
         return ()
     return tuple(name.decode() for name in reader.array(_CLASS_NAMES).tolist())
 
@@ -321,7 +321,7 @@ def read_residuals(path: Path) -> Iterator[tuple[int, Residual]]:
 def _read_residual(reader: Reader, name: str) -> Residual:
     size, round = reader.attribute(name, "size"), reader.attribute(name, "round")
     where = name.replace("/values", "/indices")
-    if not reader.names(where):
+    if not reader.has(where):
         values = reader.array(name)
         if values.size != size:
             raise DamagedFileError(f"{reader.path}: {name!r} has {values.size} values of {size}, and no indices")

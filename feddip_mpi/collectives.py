@@ -28,6 +28,9 @@ MESSAGE_LIMIT = 2**31 - 2**16
 # What is above the limit travels in pieces of so many bytes a rank: large enough to hide a call's latency, small
 # enough to be copied out of a second buffer that nobody notices.
 _PIECE = 2**26
+# MPI promises tags up to 32767 and no more. Messages of one tag between two ranks arrive in the order in which both know
+# of them, so that a tag need not be a key's own.
+_TAGS = 2**15
 # A thread that waits for MPI must not burn the core of the one that trains; it looks again after so many seconds.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
 
@@ -162,7 +165,7 @@ class Communicator:
         length = np.array([data.size], np.int64)
         self._call(handle, "Bcast", length, root=0)
         buffer = data.copy() if leads else np.empty(int(length[0]), np.uint8)
-        self._call(handle, "Bcast", buffer, root=0)
+        self._fill(handle, buffer)
         return buffer
 
     @_guarded
@@ -478,7 +481,7 @@ class Communicator:
                 # Whole pieces, then one that is shorter (or empty): it says that the message ends.
                 for start in range(0, message.size + 1, self._limit):
                     piece = message[start : start + self._limit]
-                    requests.append(self._handle.Isend(piece, dest=destination, tag=key))
+                    requests.append(self._handle.Isend(piece, dest=destination, tag=key % _TAGS))
                 self.sent["residual"] += message.size
         arrived = {}
         for key, source, destination in transfers:
@@ -493,9 +496,9 @@ class Communicator:
         pieces: list[np.ndarray] = []
         while not pieces or pieces[-1].size == self._limit:
             status = self._mpi.Status()
-            self._handle.Probe(source=source, tag=key, status=status)
+            self._handle.Probe(source=source, tag=key % _TAGS, status=status)
             pieces.append(np.empty(status.Get_count(self._mpi.BYTE), np.uint8))
-            self._handle.Recv(pieces[-1], source=source, tag=key)
+            self._handle.Recv(pieces[-1], source=source, tag=key % _TAGS)
             self.received["residual"] += pieces[-1].size
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

@@ -98,6 +98,18 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return ((place < 1) & finite).to(torch.uint8) + 2 * ((place < 5) & finite).to(torch.uint8)
 
 
+def _shares(right: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[float | None, ...]:
+    """Mean of `right` (0 or 1 for each image) over the images of each part; None for a part without any.
+
+    All parts in one pass: every rank does this after every evaluation, and there may be 100,000 clients.
+    """
+    sizes = np.array([len(part) for part in parts])
+    owners = np.repeat(np.arange(len(parts)), sizes)
+    counts = np.bincount(owners, weights=right[np.concatenate(parts)], minlength=len(parts))
+    shares = (counts / np.maximum(sizes, 1)).tolist()
+    return tuple(share if size else None for share, size in zip(shares, sizes.tolist(), strict=True))
+
+
 @dataclass(frozen=True)
 class Scores:
     """Merged scores: mean loss, top-1 and top-5 accuracy in [0, 1], accuracy of each client's own test part."""
@@ -115,7 +127,7 @@ def merge(parts: Sequence[BatchScores], client_parts: Sequence[np.ndarray] | Non
     top1 = correct & 1
     by_client = None
     if client_parts is not None:
-        by_client = tuple(float(top1[part].mean()) if len(part) else None for part in client_parts)
+        by_client = _shares(top1, client_parts)
     count = correct.size
     return Scores(
         loss=float(np.cumsum(losses)[-1]) / count,

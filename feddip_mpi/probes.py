@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from feddip_mpi import data, federation, masks, methods
+from feddip_mpi import codec, data, federation, masks, methods
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.errors import FeddipError
 from feddip_mpi.models import work
@@ -158,7 +158,8 @@ def mask(settings: Config) -> Json:
 
     Returns:
         "digest" (CRC-32, hexadecimal), "size" (n), "prunable" (P), "data_bytes" (images and labels), "kept_bytes" and
-        "largest_bytes" (see `work.kept_bytes`), and "error" where the model cannot be made.
+        "largest_bytes" (see `work.kept_bytes`), "payload_bytes" (one client's upload while the mask is the first, or all of its
+        weights), and "error" where the model cannot be made.
     """
     try:
         shape, classes, images = data.outline_of(settings.data, settings.seed)
@@ -171,10 +172,12 @@ def mask(settings: Config) -> Json:
             made = method.first_mask("magnitude", weights[: layout.prunable], [])
         first = masks.digest(made)
     except FeddipError as error:
-        nothing = dict.fromkeys(("size", "prunable", "data_bytes", "kept_bytes", "largest_bytes"), 0)
+        names = ("size", "prunable", "data_bytes", "kept_bytes", "largest_bytes", "payload_bytes")
+        nothing = dict.fromkeys(names, 0)
         return {"digest": None, "error": str(error), **nothing}
     digest = zlib.crc32(weights.numpy().view(np.uint8).data, first)
     kept, largest = work.kept_bytes(module, shape)
+    upload = codec.Upload(settings.upload.values, dense=settings.upload.mode != "masked")
     return {
         "digest": f"{digest:08x}",
         "error": None,
@@ -183,6 +186,7 @@ def mask(settings: Config) -> Json:
         "data_bytes": images * (math.prod(shape) + _LABEL_BYTES),
         "kept_bytes": kept,
         "largest_bytes": largest,
+        "payload_bytes": round(codec.expected_bytes(upload, int(made.sum()), layout.prunable, layout.size)),
     }
 
 
@@ -205,10 +209,12 @@ def needs(settings: Config, made: Json, ranks: int, on_gpu: bool) -> Json:
     training = _OF_A_STEP * at_once * settings.batch_size * made["kept_bytes"]
     evaluation = _OF_A_LAYER * settings.eval.batch_size * made["largest_bytes"]
     activations = 0 if on_gpu else max(training, evaluation)
+    # Every rank has the payloads of all others at once, but for the modes that give it a slice or a sum.
+    foreign = settings.participants - trained if settings.exchange in ("allgatherv", "node") else 0
     checkpoint = 4 * size + prunable // 8 + settings.clients * residual
     files = settings.checkpoint.keep + settings.checkpoint.best + 1  # the newest is written before the oldest goes
     return {
-        "memory_bytes": _PROGRAM_BYTES + 4 * size * vectors + in_memory + activations,
+        "memory_bytes": _PROGRAM_BYTES + 4 * size * vectors + in_memory + activations + foreign * made["payload_bytes"],
         "data_bytes": 2 * made["data_bytes"],  # as a node's first rank reads them, and as its ranks share them
         "one_checkpoint_bytes": 4 * size + prunable // 8,
         "disk_bytes": checkpoint * min(files, settings.rounds),

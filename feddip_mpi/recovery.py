@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from feddip_mpi.rounds import State
 
 # In place of a holder that has died.
 NOBODY = -1
+# So many residuals of all clients travel one after the other before all ranks meet.
+_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,19 @@ def renumber(holders: Sequence[int], survivors: Sequence[int]) -> list[int]:
 def newer_than(done: int, history: Sequence[Record], clients: Sequence[int]) -> dict[int, int]:
     """The round, counted from 1, in which each of `clients` left its newest residual, if that is after round `done`."""
     found: dict[int, int] = {}
+    asked = set(clients)
     for record in history:
         if record["round"] > done and record["residual_norm"]:
-            found.update(dict.fromkeys(set(record["participants"]) & set(clients), record["round"]))
+            found.update(dict.fromkeys(set(record["participants"]) & asked, record["round"]))
     return dict(sorted(found.items()))
 
 
 def take_over(
-    built: Federation, state: State, history: Sequence[Record], saved: tuple[int, Path] | None
+    built: Federation,
+    state: State,
+    history: Sequence[Record],
+    saved: tuple[int, Path] | None,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[State, Losses] | None:
     """The state after the last complete round on the ranks that are left. `state` itself does not change.
 
@@ -65,6 +72,7 @@ def take_over(
         state: `holders` is renumbered.
         history: the same on all ranks.
         saved: round and path of the newest checkpoint that verifies; on rank 0 only.
+        progress: see `hand_out`.
 
     Returns:
         The new state and what it lacks; None where the survivors cannot go on from here: they are not at the same
@@ -84,7 +92,7 @@ def take_over(
         return None
     holders = [client % comm.size if holder == NOBODY else holder for client, holder in enumerate(state.holders)]
     held = state.held.copy()
-    _from_checkpoint(comm, orphans, holders, saved[1] if saved else None, held)
+    _from_checkpoint(comm, orphans, holders, saved[1] if saved else None, held, progress)
     count = state.residuals_lost + len(lost)
     # Ranks have other numbers now: their speeds are measured again.
     after = replace(state, held=held, holders=holders, owed=_owed(built, state), residuals_lost=count, speeds=None)
@@ -93,13 +101,15 @@ def take_over(
 
 
 def _from_checkpoint(
-    comm: Communicator, orphans: Sequence[int], holders: Sequence[int], path: Path | None, held: ResidualStore
-) -> None:
+    comm: Communicator, orphans: Sequence[int], holders: Sequence[int], path: Path | None, held: ResidualStore,
+    progress: Callable[[], None],
+) -> None:  # fmt: skip
     """Add to `held` the orphans' residuals as they were saved, those for this rank; the others begin with none."""
-    stored = [pair for pair in checkpoint.residual_rounds(path).items() if pair[0] in orphans] if path else []
+    lost = set(orphans)
+    stored = [pair for pair in checkpoint.residual_rounds(path).items() if pair[0] in lost] if path else []
     left = dict(comm.broadcast(stored))
     wanted = (pair for pair in checkpoint.read_residuals(path) if pair[0] in left) if path else None
-    hand_out(comm, left, holders, wanted, held)
+    hand_out(comm, left, holders, wanted, held, progress)
 
 
 def _owed(built: Federation, state: State) -> torch.Tensor | None:
@@ -118,6 +128,7 @@ def hand_out(
     holders: Sequence[int],
     stored: Iterator[tuple[int, Residual]] | None,
     held: ResidualStore,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Stored residuals to their holders, one at a time: rank 0 never has two of them in memory for others.
 
@@ -126,8 +137,9 @@ def hand_out(
         holders: the rank of every client.
         stored: them, on rank 0.
         held: takes those that are for this rank.
+        progress: told on every rank now and then.
     """
-    for client, round in left.items():
+    for turn, (client, round) in enumerate(left.items()):
         residual = next(stored)[1] if stored else None
         # The values as they lie, without a copy: their round is known.
         arrived = comm.move([(client, 0, holders[client])], lambda _, r=residual: r.values.numpy().view(np.uint8))  # type: ignore[misc]
@@ -137,3 +149,19 @@ def hand_out(
         if mine is not None:
             held[client] = mine
         del residual, mine, arrived  # before the next one is read
+        keep_step(comm, turn, progress)
+
+
+def keep_step(comm: Communicator, turn: int, progress: Callable[[], None]) -> None:
+    """Meet all ranks now and then while residuals travel between rank 0 and their holders, and tell that they do.
+
+    Of 100,000 clients that takes hours where a residual has 100 MB. A rank that has none left would wait for the others at the
+    end, and its watchdog would take that for a hang.
+
+    Args:
+        turn: counts the residuals of all clients, the same on every rank.
+        progress: is told after each meeting.
+    """
+    if turn % _STEP == _STEP - 1:
+        comm.barrier()
+        progress()

@@ -360,6 +360,11 @@ class Watchdog:
         """Progress: this rank now begins `phase`, of round t or of no round."""
         self._entered = (phase, round, time.monotonic())
 
+    def progress(self) -> None:
+        """A part of a long phase is done."""
+        phase, round, _ = self._entered
+        self.enter(phase, round)
+
     def close(self) -> None:
         self._closed.set()
 

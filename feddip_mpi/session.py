@@ -209,7 +209,7 @@ def _resume(comm: Communicator, folder: RunFolder, overrides: Sequence[str], sto
         on_root(comm, lambda: _reopen(folder, settings))
         _begin(built, run)
         return
-    state, history, run.created = _restore(built, loaded[0] if loaded else None)
+    state, history, run.created = _restore(built, loaded[0] if loaded else None, watchdog.progress)
     on_root(comm, lambda: _reopen(folder, settings))  # not before: data that does not fit must change nothing
     _play(built, run, state, history)
 
@@ -308,7 +308,9 @@ def build(comm: Communicator, settings: Config) -> Federation:
     return federation.build(settings, comm, device)
 
 
-def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Record], str]:
+def _restore(
+    built: Federation, loaded: Loaded | None, progress: Callable[[], None] = lambda: None
+) -> tuple[State, list[Record], str]:
     """The checkpoint's state, history and time of creation on every rank; rank 0 has read it.
 
     The history is rank 0's alone unless MPI is fault tolerant: then each may have to take its place.
@@ -335,7 +337,8 @@ def _restore(built: Federation, loaded: Loaded | None) -> tuple[State, list[Reco
         memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
     holders = rounds.initial_holders(built.config.clients, comm.size)
     held = ResidualStore.of(built.config.upload)
-    recovery.hand_out(comm, dict(left), holders, checkpoint.read_residuals(loaded.path) if loaded else None, held)
+    stored = checkpoint.read_residuals(loaded.path) if loaded else None
+    recovery.hand_out(comm, dict(left), holders, stored, held, progress)
     assert srv.weights.numel() == layout.size
     reference, owed = memories.pop("reference", None), memories.pop("owed", None)
     history = list(loaded.history) if loaded else []
@@ -387,7 +390,7 @@ def _play_on(built: Federation, run: Run, state: State, history: list[Record]) -
     stopping = comm.any(stop.requested)
     # What the next round will score is told then, unless there will be none.
     told = [record for record in history if stopping or record is not state.unscored]
-    saver = run.saver = FolderSaver(built, folder, run.created)
+    saver = run.saver = FolderSaver(built, folder, run.created, run.watchdog.progress)
     sinks: list[metrics.Sink] = []  # of rank 0
     on_root(comm, lambda: sinks.extend(metrics.open_sinks(folder.path, folder.metrics, told, built.config.tensorboard)))
     if stopping:
@@ -521,18 +524,18 @@ def _mended(
     name = on_root(comm, read)
     if built.config.on_rank_failure == "continue" and state is not None:
         saved = (loaded[0].server.round, loaded[0].path) if loaded else None
-        found = recovery.take_over(built, state, history, saved)
+        found = recovery.take_over(built, state, history, saved, run.watchdog.progress)
         if found is not None:
             taken, losses = found
             state.become(taken)  # also when yet another rank dies below: what is lost is counted once
             if comm.rank == 0:
                 log.warning("%s", losses)
             if name != checkpoint.path_of(folder.checkpoints, state.server.round).name and state.server.round:
-                _save_now(FolderSaver(built, folder, run.created), state, history)
+                _save_now(FolderSaver(built, folder, run.created, run.watchdog.progress), state, history)
             return state, history, "nothing is played again"
     if not name:
         return None, [], "from the start: nothing was saved"
-    state, history, _ = _restore(built, loaded[0] if loaded else None)
+    state, history, _ = _restore(built, loaded[0] if loaded else None, run.watchdog.progress)
     return state, history, f"rewound to {name}"
 
 

@@ -15,6 +15,8 @@ Row = Mapping[str, Any]
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 _LEVELS = (FAIL, WARN, PASS)
+_MOST = 8  # lines of one check
+_PARALLEL = {"lustre", "gpfs", "beegfs", "panfs", "pvfs2", "orangefs", "wekafs"}  # made for what many nodes write
 _LITTLE_MEMORY = 10**9  # bytes a rank; torch alone takes a quarter of that
 _LITTLE_SHARED = 256 * 10**6  # bytes; CIFAR's images and some room
 _CLOCK_SECONDS = 1.0  # apart; the lines of logs are stamped with milliseconds, but nobody reads them that closely
@@ -61,8 +63,17 @@ def verdicts(rows: Sequence[Row], folder: Row, needs: Row) -> list[Verdict]:
     }
     found = []
     for check, (said, well) in checks.items():
-        found += [Verdict(v.level, check, v.text) for v in said] or [Verdict(PASS, check, well)]
+        found += _few([Verdict(v.level, check, v.text) for v in said]) or [Verdict(PASS, check, well)]
     return sorted(found, key=lambda verdict: _LEVELS.index(verdict.level))
+
+
+def _few(said: Sequence[Verdict]) -> list[Verdict]:
+    """What one check has to say, the worst first; what is wrong with every node of a large machine is not said for each."""
+    ordered = sorted(said, key=lambda verdict: _LEVELS.index(verdict.level))
+    if len(ordered) <= _MOST:
+        return ordered
+    rest = ordered[_MOST:]
+    return [*ordered[:_MOST], Verdict(rest[0].level, rest[0].check, f"and {len(rest)} more of this check")]
 
 
 def _fail(text: str) -> Verdict:
@@ -187,7 +198,7 @@ def _folder(rows: Sequence[Row], folder: Row) -> Iterator[Verdict]:
     if not folder["writable"]:
         yield _fail(f"{path}: rank 0 may not write there; name a folder with --out")
         return
-    if folder["network"]:
+    if folder["network"] and kind.lower() not in _PARALLEL:
         yield _warn(
             f"{path} lies on a network file system ({kind}): checkpoints take longer; a local or parallel one is faster"
         )

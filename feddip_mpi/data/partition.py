@@ -39,7 +39,10 @@ class Partition:
         Returns:
             int64 [clients, classes].
         """
-        return np.stack([np.bincount(labels[indices], minlength=classes) for indices in self.train]).astype(np.int64)
+        owners = np.repeat(np.arange(len(self.train)), [len(indices) for indices in self.train])
+        cells = owners * classes + labels[np.concatenate(self.train)]
+        counts = np.bincount(cells, minlength=len(self.train) * classes).astype(np.int64, copy=False)
+        return counts.reshape(len(self.train), classes)
 
 
 def make(
@@ -121,15 +124,24 @@ def _dirichlet(
 
 
 def _draw_shares(alpha: float, clients: int, totals: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """int64 [clients, classes] with the column sums `totals`."""
-    shares = generator.dirichlet(np.full(clients, alpha), len(totals))
-    # An alpha near 0 may underflow to a row without a number; its limit is one client that takes all.
-    lost = np.flatnonzero(~(np.abs(shares.sum(axis=1) - 1) < 1e-6))
-    shares[lost] = 0
-    shares[lost, generator.integers(clients, size=len(lost))] = 1
-    cuts = np.rint(np.cumsum(shares, axis=1) * totals[:, None]).astype(np.int64)
-    cuts[:, -1] = totals  # the sum of the shares is 1 only up to rounding
-    return np.diff(np.minimum(cuts, totals[:, None]), axis=1, prepend=0).T
+    """int64 [clients, classes] with the column sums `totals`.
+
+    One class after the other: all at once would take six arrays of that size, 5 GB on every rank for 100,000 clients and 1,000
+    classes.
+    """
+    counts = np.zeros((len(totals), clients), np.int64)
+    lost = []
+    for label, total in enumerate(totals):
+        shares = generator.dirichlet(np.full(clients, alpha))
+        # An alpha near 0 may underflow to a row without a number; its limit is one client that takes all.
+        if not abs(shares.sum() - 1) < 1e-6:
+            lost.append(label)
+            continue
+        cuts = np.rint(np.cumsum(shares) * total).astype(np.int64)
+        cuts[-1] = total  # the sum of the shares is 1 only up to rounding
+        counts[label] = np.diff(np.minimum(cuts, total), prepend=0)
+    counts[lost, generator.integers(clients, size=len(lost))] = totals[lost]
+    return counts.T
 
 
 def _raise_to_minimum(counts: np.ndarray, min_samples: int) -> np.ndarray:
@@ -237,11 +249,11 @@ def _count_turns(turns: np.ndarray, clients: int, totals: np.ndarray) -> np.ndar
 
 def _deal(labels: np.ndarray, counts: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Random samples of each class to each client, as many as `counts` [clients, classes] says; ascending indices."""
-    clients, classes = counts.shape
+    clients = len(counts)
     shuffled = generator.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     owners = np.empty(len(labels), np.int64)
-    owners[by_class] = np.repeat(np.tile(np.arange(clients), classes), counts.T.ravel())
+    owners[by_class] = np.concatenate([np.repeat(np.arange(clients), column) for column in counts.T])
     by_owner = np.argsort(owners, kind="stable")  # stable: ascending indices within each client
     return tuple(np.split(by_owner, np.cumsum(counts.sum(axis=1))[:-1]))
 

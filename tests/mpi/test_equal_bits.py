@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fedavg": {"method": "fedavg", "upload__values": "fp16"},
     # What travels besides updates: votes, squared gradients, saliencies before the first round.
     "feddst": {"method": "feddst", "exchange": "sharded"},
-    "prunefl": {"method": "prunefl", "data__partition": "dirichlet"},
+    "prunefl": {"method": "prunefl", "data__partition": "dirichlet", "exchange": "sharded"},
     "ssfl": {"method": "ssfl", "upload__values": "int8"},
     "sparsyfed": {"method": "sparsyfed", "overlap": False},
     "fedrts": {"method": "fedrts", "data__partition": "dirichlet"},

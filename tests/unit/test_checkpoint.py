@@ -130,6 +130,17 @@ def test_residuals_come_back_bit_for_bit_in_both_forms(tmp_path: Path) -> None:
     assert list(checkpoint.residual_rounds(path).items()) == [(c, r.round) for c, r in checkpoint.read_residuals(path)]
 
 
+def test_a_file_is_listed_once_however_many_clients_have_a_residual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, left = tmp_path / "round-000004.h5", torch.ones(42)
+    checkpoint.save(path, snapshot(), [(client, Residual(left, 1)) for client in range(20)])
+    real, listed = hdf5._datasets, []
+    monkeypatch.setattr(hdf5, "_datasets", lambda file: listed.append(file) or real(file))
+    assert len(list(checkpoint.read_residuals(path))) == 20
+    assert len(listed) == 1, "a listing opens every object of the file: once for each client would be quadratic"
+
+
 def test_what_the_server_remembers_comes_back_bit_for_bit(tmp_path: Path) -> None:
     given = snapshot()
     loaded = checkpoint.load(saved(tmp_path))

@@ -115,6 +115,19 @@ def test_one_finding_each(rows: list[dict], changes: dict, level: str, check: st
     assert text in said
 
 
+def test_a_parallel_file_system_is_where_runs_belong() -> None:
+    assert found(row(), network=True, type="lustre") == []
+
+
+def test_what_is_wrong_with_every_node_is_not_said_for_each() -> None:
+    rows = [row(r, host=f"node{r}", memory_available_bytes=10**8) for r in range(512)]
+    said = found(*rows)
+    assert len(said) == 9 and said[-1] == ("WARN", "memory", "and 504 more of this check")
+    rows[300]["memory_available_bytes"] = 10**11
+    rows[400]["device_error"] = "no GPU"
+    assert found(*rows)[0] == ("FAIL", "devices", "rank 400: no GPU")
+
+
 def test_a_clock_that_may_be_right_is_not_blamed() -> None:
     assert found(row(0), row(1, clock={"offset_seconds": 3.0, "bound_seconds": 2.5})) == []
 
@@ -190,7 +203,8 @@ def test_the_mask_depends_on_the_seed_only() -> None:
 
 def made(size: int = 1000, prunable: int = 800, **more: int) -> dict:
     """What `probes.mask` says of a network and its data."""
-    return {"size": size, "prunable": prunable, "data_bytes": 0, "kept_bytes": 0, "largest_bytes": 0, **more}
+    nothing = dict.fromkeys(("data_bytes", "kept_bytes", "largest_bytes", "payload_bytes"), 0)
+    return {"size": size, "prunable": prunable, **nothing, **more}
 
 
 def needs(settings: config.Config, made: dict, ranks: int, on_gpu: bool = False) -> dict:
@@ -210,6 +224,23 @@ def test_needs_grow_with_clients_and_shrink_with_ranks() -> None:
     assert at_once["memory_bytes"] > one["memory_bytes"]
     assert needs(config.override(settings, ["clients_at_once=3"]), made(), 50) == many
     assert needs(config.parse("", ["upload.residual=drop"]), made(), 1)["disk_bytes"] == 5 * 4100
+
+
+def test_needs_count_the_payloads_that_every_rank_gets() -> None:
+    settings = config.parse("", ["clients=50", "participants=40"])
+
+    def more(ranks: int, *changes: str) -> int:
+        changed = config.override(settings, changes)
+        return (
+            needs(changed, made(payload_bytes=7), ranks)["memory_bytes"] - needs(changed, made(), ranks)["memory_bytes"]
+        )
+
+    assert [more(ranks) for ranks in (1, 2, 40)] == [0, 20 * 7, 39 * 7], "its own are counted with what it trains"
+    assert more(40, "exchange=node") == 39 * 7
+    assert more(40, "exchange=sharded") == more(40, "exchange=dense") == more(40, "exchange=auto") == 0
+    keys = ("mask.initial=uniform", "sparsity.initial=0.5")
+    half, whole = (probes.mask(config.parse("", [f"upload.mode={mode}", *keys])) for mode in ("masked", "dense"))
+    assert 0.5 < half["payload_bytes"] / whole["payload_bytes"] < 0.6
 
 
 def test_needs_count_the_data_and_the_larger_of_two_batches() -> None:

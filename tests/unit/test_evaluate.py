@@ -112,6 +112,15 @@ def test_accuracy_by_client_covers_its_own_images() -> None:
     assert evaluate.merge([part]).by_client is None
 
 
+def test_accuracy_by_client_is_the_mean_to_the_last_bit() -> None:
+    generator = np.random.default_rng(5)
+    correct = generator.integers(0, 4, 3000).astype(np.uint8)
+    own = np.split(generator.permutation(3000), np.sort(generator.integers(0, 3000, 499)))
+    assert {0, 1} < {len(part) for part in own}
+    found = evaluate.merge([evaluate.BatchScores(np.ones(3), correct)], own).by_client
+    assert found == tuple(float((correct[part] & 1).mean()) if len(part) else None for part in own)
+
+
 def test_the_given_weights_are_scored_in_eval_mode_without_autograd() -> None:
     model = bound(torch.zeros(4, 3))
     model.model.train()

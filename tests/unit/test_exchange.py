@@ -1,8 +1,10 @@
 """The exchange on one rank: every way ends in the same sum; slices; what is owed; frames that are not as planned."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ import torch
 from alone import Alone
 from hypothesis import given
 from hypothesis import strategies as st
+from together import together
 from torch import Tensor
 
-from feddip_mpi import codec, exchange, values
+from feddip_mpi import besides, codec, exchange, values
 from feddip_mpi.aggregate import Aggregate, Sum
 from feddip_mpi.codec import AGGREGATE, Bytes, Message, Upload
 from feddip_mpi.errors import PeerError
@@ -232,6 +235,29 @@ def test_a_dense_upload_where_none_is_planned_is_refused() -> None:
     frame = messages(dense, CLIENTS[0])[0].frame()
     with pytest.raises(PeerError, match="in place of client 2's"):
         run(plan, Altered(lambda got: [frame, *got[1:]]))
+
+
+@pytest.mark.parametrize(
+    "rule", [Upload("fp32", dense=True), Upload("int8", regrow=40), Upload("int4", stochastic=True)]
+)
+def test_what_travels_besides_is_the_same_by_slices_and_no_rank_gets_all_of_it(rule: Upload) -> None:
+    size, placed = 5000, {3: 0, 4: 2, 8: 1, 9: 0, 11: 1}
+    support = Support.of(torch.rand(size, generator=torch.Generator().manual_seed(1)) < 0.3)
+
+    def summed(comm: Any, updates: str) -> tuple[bytes, int]:
+        own = {client: (vector(client, size),) for client, rank in placed.items() if rank == comm.rank}
+        messages, _ = besides.encoded(own, [rule], support, 2, 7)
+        federation: Any = SimpleNamespace(comm=comm, samples=list(range(10, 30)))
+        (total,) = besides.summed(federation, messages, [rule], support, 2, placed, updates=updates)
+        return total.numpy().tobytes(), comm.sent["update"]
+
+    by_slices, whole = (together(3, functools.partial(summed, updates=mode)) for mode in ("sharded", "node"))
+    assert {bits for bits, _ in by_slices} == {bits for bits, _ in whole} and len({bits for bits, _ in whole}) == 1
+    assert [sent for _, sent in by_slices] != [sent for _, sent in whole], "slices went to their owners"
+
+
+def vector(client: int, size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(client))
 
 
 @pytest.mark.parametrize("mode", ["allgatherv", "sharded", "node"])

@@ -13,6 +13,8 @@ from together import together
 from feddip_mpi import checkpoint, config, exchange, federation, recovery, rounds, run_folder
 from feddip_mpi.federation import Federation
 from feddip_mpi.recovery import NOBODY
+from feddip_mpi.residual_store import ResidualStore
+from feddip_mpi.residuals import Residual
 from feddip_mpi.saver import FolderSaver
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.server import Server
@@ -142,6 +144,21 @@ def test_what_is_owed_goes_to_the_new_owners_of_the_slices(monkeypatch: pytest.M
     assert bool(cut(3, 2).any()) and not torch.equal(cut(2, 0), cut(2, 0, "int4"))
     for rank in range(2):
         assert torch.equal(after[rank], torch.where(cut(2, rank) > 0, known, 0.0))
+
+
+def test_all_ranks_see_that_residuals_travel() -> None:
+    """Who has none left waits for the others, maybe for hours: a watchdog must not take that for a hang."""
+    left = dict.fromkeys(range(50), 3)
+
+    def restore(comm: Any) -> tuple[int, int]:
+        met, told, held = [], [], ResidualStore(10**6)
+        comm.barrier = lambda: met.append(comm._all(None))
+        stored = ((client, Residual(torch.full((4,), float(client)), 3)) for client in left) if comm.rank == 0 else None
+        recovery.hand_out(comm, left, [1] * 50, stored, held, lambda: told.append(len(met)))
+        assert sorted(held) == (list(left) if comm.rank == 1 else []), "rank 2 has nothing to do"
+        return len(told), told == sorted(set(told))
+
+    assert together(3, restore) == [(3, True)] * 3
 
 
 def test_holders_are_renumbered() -> None:

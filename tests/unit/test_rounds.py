@@ -11,10 +11,10 @@ from alone import Alone
 from test_methods import build, play
 from together import Together, together
 
-from feddip_mpi import control, local, records, rounds
+from feddip_mpi import control, local, metrics, records, rounds
 from feddip_mpi.federation import Federation
 from feddip_mpi.rounds import Choice, State
-from feddip_mpi.schedules import plan_round
+from feddip_mpi.schedules import RoundPlan, plan_round
 from feddip_mpi.support import Support
 
 
@@ -145,6 +145,25 @@ def test_adaptive_control_decides_by_the_rounds_before() -> None:
     assert 0 < history[3]["penalty"] == pytest.approx(1.25**2 * plan_round(built.config, 3).penalty)
     decided = [control.decide(built.config, history[:t]) for t in range(4)]
     assert scales == [(each.penalty_scale, each.regrow_scale) for each in decided]
+
+
+@pytest.mark.parametrize(("rank", "fault_tolerant", "kept"), [(0, False, 4), (1, False, 1), (1, True, 4)])
+def test_rank_0_and_whoever_may_replace_it_keep_the_rounds_before(
+    monkeypatch: pytest.MonkeyPatch, rank: int, fault_tolerant: bool, kept: int
+) -> None:
+    built, history = build("feddip"), list[dict[str, Any]]()
+    state = rounds.initial_state(built)
+    monkeypatch.setattr(built.comm, "rank", rank, raising=False)
+    monkeypatch.setattr(built.comm, "fault_tolerant", fault_tolerant, raising=False)
+
+    def play(federation: Federation, state: State, plan: RoundPlan, life: Any) -> dict[str, Any]:
+        state.server = dataclasses.replace(state.server, round=plan.round + 1)
+        return dict.fromkeys(metrics.FIELDS, 0) | {"round": plan.round + 1, "samples": 1}
+
+    monkeypatch.setattr(rounds, "play", play)
+    saver = Saver()
+    rounds.run(built, state, history, saver, lambda record: None, lambda: False)
+    assert [record["round"] for record in history] == [1, 2, 3, 4][-kept:] and saver.saved
 
 
 def test_a_checkpoint_that_is_overdue_is_written() -> None:

@@ -418,6 +418,15 @@ def test_the_arena_is_left_alone_where_the_environment_says_something_else() -> 
         assert not runtime.share_one_arena({name: "1"})
 
 
+def test_progress_within_a_phase_leaves_it_the_phase() -> None:
+    dog = runtime.Watchdog(None, 0, lambda *_: None)
+    dog.enter("checkpoint", 3)
+    phase, round, since = dog._entered
+    time.sleep(0.01)
+    dog.progress()
+    assert dog._entered[:2] == (phase, round) and dog._entered[2] > since
+
+
 WATCHED = """
 import os, time
 from feddip_mpi import runtime

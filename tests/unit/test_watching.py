@@ -10,7 +10,7 @@ from pathlib import Path
 import made_runs
 import pytest
 
-from feddip_mpi import checkpoint, metrics
+from feddip_mpi import checkpoint, hdf5, metrics
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import watching
 from feddip_mpi.run_folder import Lock, RunFolder
@@ -51,6 +51,26 @@ def test_a_run_that_failed_says_why(running: RunFolder) -> None:
     with open(running.log, "a") as log:
         log.write("2026-11-27 02:00:00,000 rank 0 INFO resume\n")
     assert "nobody is at work" in shown(running)["state"]
+
+
+def test_what_was_read_is_not_read_again_until_the_run_is_resumed(
+    running: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of a run with many participants is long, and a look comes every second."""
+    lines = running.metrics.read_text().splitlines(True)
+    running.metrics.write_text("".join(lines[:2]) + lines[2][:20])
+    read, real, parsed = watching.Records(running.metrics), json.loads, []
+    monkeypatch.setattr(watching.json, "loads", lambda text: parsed.append(text) or real(text))
+    assert [row["round"] for row in watching.look(running, read).records] == [1, 2]
+    with open(running.metrics, "a") as file:
+        file.write(lines[2][20:])
+    view = watching.look(running, read)
+    assert [row["round"] for row in view.records] == [1, 2, 3] and len(parsed) == 3
+    assert not any(isinstance(value, (list, dict)) for row in view.records for value in row.values())
+    hdf5.write_text(running.metrics, lines[0])  # as a resume does
+    assert [row["round"] for row in watching.look(running, read).records] == [1]
+    running.metrics.unlink()
+    assert watching.look(running, read).records == ()
 
 
 def test_before_the_first_round(running: RunFolder) -> None:

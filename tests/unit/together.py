@@ -54,6 +54,12 @@ class Together(Alone):
         self.sent["update"] += sum(payload.size for payload in payloads)
         return [payload for own in gathered for payload in own]
 
+    def alltoallv(self, payloads: list[list[np.ndarray]], counts: list[int]) -> list[np.ndarray]:
+        gathered = self._all([list(parts) for parts in payloads])
+        assert [len(own) for own in gathered] == list(counts)
+        self.sent["update"] += sum(part.size for parts in payloads for part in parts)
+        return [parts[self.rank] for own in gathered for parts in own]
+
     def move(self, transfers: list[tuple[int, int, int]], outgoing: Any) -> dict[int, np.ndarray]:
         away = [(key, to) for key, source, to in transfers if source == self.rank != to]
         mine = {(key, to): outgoing(key) for key, to in away}

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -304,6 +305,36 @@ def check_move_in_pieces(comm: Communicator) -> None:
         expected = [key for key, _, destination in transfers if destination == comm.rank]
         assert sorted(arrived) == expected
         assert all(np.array_equal(arrived[key], _payload(key, 0, lengths[key])) for key in expected)
+
+
+def check_move_of_keys_that_are_no_tags(comm: Communicator) -> None:
+    """MPI promises tags up to 32767; a client's number may be larger, and two may differ by a multiple of that."""
+    if comm.size == 1:
+        return
+    keys = [5, 2**15 + 5, 2**16 + 5, 2**31 + 5, 2**31 - 1, 100_000]
+    transfers = [(key, place % 2, 1 - place % 2) for place, key in enumerate(keys)]
+    for order in (transfers, transfers[::-1], [(key, 0, 1) for key in keys]):
+        arrived = comm.move(order, lambda key: _payload(key, 0, key % 1000))
+        expected = {key for key, _, destination in order if destination == comm.rank}
+        assert set(arrived) == expected
+        assert all(np.array_equal(arrived[key], _payload(key, 0, key % 1000)) for key in expected)
+
+
+def check_long_values_in_pieces(comm: Communicator) -> None:
+    value = {"history": list(range(100)), "name": "ä" * 50}
+    for limit in (1, 64, 2**20):
+        other, sizes = Communicator(comm._handle, message_limit=limit), []
+        call = other._call
+
+        def noted(
+            handle: Any, name: str, array: np.ndarray, sizes: Any = sizes, call: Any = call, **named: Any
+        ) -> None:
+            sizes.append(array.size)
+            call(handle, name, array, **named)
+
+        with mock.patch.object(other, "_call", noted):
+            assert other.broadcast(value if comm.rank == 0 else None) == value
+        assert max(sizes) <= limit and len(sizes) > 1
 
 
 def check_shared_arrays(comm: Communicator) -> None:
