@@ -1,4 +1,4 @@
-"""Seconds until something happens: import, --help, first round.
+"""Seconds until something happens: import, --help, first round; and processor seconds of processes that do little.
 
     python benchmarks/startup.py [--repeats 5] [--out docs/results/startup.json]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,31 @@ def wall(command: list[str]) -> float:
     started = time.perf_counter()
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
     return time.perf_counter() - started
+
+
+def processor(command: list[str]) -> float:
+    """Processor seconds, user and system, of a command that is no launcher: beside other work they say more than the clock."""
+
+    def used() -> float:
+        times = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return times.ru_utime + times.ru_stime
+
+    before = used()
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    return used() - before
+
+
+def one_round() -> float:
+    """Processor seconds of a whole run of one round on one rank, on 60 images."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.yaml"
+        source.write_text("{}\n")
+        small = ("rounds=1", "local_epochs=1", "clients=4", "participants=1", "data.name=synthetic",
+                 "data.synthetic.train_samples=60", "data.synthetic.test_samples=100")  # fmt: skip
+        settings = [x for item in small for x in ("--set", item)]
+        return processor(
+            [sys.executable, "-m", "feddip_mpi", "train", str(source), *settings, "--out", f"{folder}/run"]
+        )
 
 
 def first_round() -> float:
@@ -55,6 +81,8 @@ def main() -> None:
         "import feddip_mpi": lambda: wall([sys.executable, "-c", "import feddip_mpi"]),
         "feddip-mpi --help": lambda: wall([sys.executable, "-m", "feddip_mpi", "--help"]),
         f"first round, {RANKS} ranks": first_round,
+        "processor: import torch": lambda: processor([sys.executable, "-c", "import torch"]),
+        "processor: one round, 1 rank": one_round,
     }
     hardware = {key: value for key, value in runtime.hardware().items() if key != "host"}
     result: dict = {"command": "python benchmarks/startup.py", "versions": runtime.versions(), "hardware": hardware}
