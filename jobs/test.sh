@@ -70,6 +70,6 @@ unset PYTHONDONTWRITEBYTECODE # every rank would compile the package for itself
 
 # Most of the time goes into starting ranks one after another: two files at a time, in the order in which they are collected.
 if (($# == 0 && $(env -u OMP_NUM_THREADS nproc) > 1)); then
-    set -- -n 3 --no-loadscope-reorder --durations=25
+    set -- -n 2 --no-loadscope-reorder --durations=25
 fi
 exec python -m pytest "$@"
