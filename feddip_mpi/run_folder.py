@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -140,6 +140,24 @@ def holder(folder: RunFolder) -> str | None:
     except OSError:
         pass
     return None
+
+
+# Also as logs have it that were written before this line was one for people.
+_HARDWARE = re.compile(r"trains on [^\n]*: ([^;\n]*); (\d+) cores|'processor': '([^']*)', 'cores': (\d+)")
+
+
+def hardware_line(hardware: Mapping[str, object]) -> str:
+    """The line of a run's log from which `logged_hardware` takes what it has run on."""
+    return f"trains on {hardware['host']}: {hardware['processor']}; {hardware['cores']} cores"
+
+
+def logged_hardware(folder: RunFolder) -> set[tuple[str, str]]:
+    """(processor, cores) of every start of a run that its log tells of; none where there is no log."""
+    try:
+        text = folder.log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    return {(new or old, count or counted) for new, count, old, counted in _HARDWARE.findall(text)}
 
 
 _LOG_BYTES = 16384

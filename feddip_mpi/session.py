@@ -364,7 +364,7 @@ def _play(built: Federation, run: Run, state: State | None, history: list[Record
     """Play what is left of a run, on the ranks that are left; without a state, from its opening on."""
     run.faults = runtime.faults(built.comm.rank)
     if run.owner:  # not before it trains here: reports take what a run has run on from this line
-        log.info("trains on %s", runtime.hardware())
+        log.info("%s", run_folder.hardware_line(runtime.hardware()))
     if built.config.precision == "bf16" and built.device.type == "cpu" and run.owner and runtime.lacks_bf16():
         log.warning("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
     if run.owner and (caution := built.method.caution()) is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +26,6 @@ _NEEDED = (
     "host_memory_bytes",
 )  # fmt: skip
 _SUMMARY_NEEDED = ("rounds", "test_accuracy", "test_accuracy_mean_of_last_5", "upload_bytes", "seconds", "seed")
-_LOGGED = re.compile(r"'processor': '([^']*)', 'cores': (\d+)")
 
 
 @dataclass(frozen=True, order=True)
@@ -235,9 +232,7 @@ def _is_finite(value: Any) -> bool:
 def _hardware(folder: RunFolder, records: Sequence[Row], summary: Row) -> Hardware:
     """All that the run ran on: finished.json knows where it ended, its log also where it was before."""
     told = summary.get("hardware") or {}
-    pairs = {(str(told.get("processor", "")), str(told.get("cores", "?")))}
-    with contextlib.suppress(OSError):
-        pairs |= set(_LOGGED.findall(folder.log.read_text(encoding="utf-8", errors="replace")))
+    pairs = {(str(told.get("processor", "")), str(told.get("cores", "?")))} | run_folder.logged_hardware(folder)
     device = str(summary.get("device") or ("GPU" if any(row.get("device_memory_bytes") for row in records) else "CPU"))
     ranks = sorted({int(row["ranks"]) for row in records if row.get("ranks")})
     return Hardware(

@@ -16,7 +16,7 @@ import made_runs
 import numpy as np
 import pytest
 
-from feddip_mpi import metrics
+from feddip_mpi import metrics, run_folder
 from feddip_mpi.errors import InputError
 from feddip_mpi.report import accuracy_figures, drawing, figures, page, runs, summaries, tables
 from feddip_mpi.report.summaries import Group, Spread
@@ -151,9 +151,16 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
         runs.find([tmp_path / "missing"])
 
 
-def test_hardware_of_all_starts_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        run_folder.hardware_line({"host": "a", "processor": "CPU Y", "cores": 8}),
+        "start: x; {'host': 'a', 'processor': 'CPU Y', 'cores': 8}",  # of older versions
+    ],
+)
+def test_hardware_of_all_starts_counts(line: str, tmp_path: Path) -> None:
     folder = made_runs.make(tmp_path / "run")
-    (folder / "run.log").write_text("start: x; {'host': 'a', 'processor': 'CPU Y', 'cores': 8}\nresume\n")
+    (folder / "run.log").write_text(f"{line}\nresume\n")
     hardware = runs.load(folder).hardware
     assert (hardware.processor, hardware.cores) == ("CPU X and CPU Y", "2 and 8")
     (group,) = groups_of(tmp_path)
