@@ -118,6 +118,21 @@ class LocalHook:
         return ()
 
 
+@contextmanager
+def _deterministic_or_told() -> Iterator[None]:
+    """Raises InputError where a network or method of the user's computes with what cannot repeat its bits on this device."""
+    try:
+        yield
+    except RuntimeError as error:
+        layer, told, _ = str(error).partition(" does not have a deterministic implementation")
+        if not told:
+            raise
+        raise InputError(
+            f"deterministic: got on, but training computes with {layer}, which has no form that repeats its bits on this "
+            "device; allowed: another operation in its place, or a run with deterministic=off, whose bits do not repeat"
+        ) from error
+
+
 class LocalTrainer:
     """Trains any client, one after the other, in the same buffers: memory grows with the model only."""
 
@@ -132,6 +147,7 @@ class LocalTrainer:
                 module.generator = self._generator
         self._large = bound.vector.device.type == "cpu" and layout.parameters > _PIECE
 
+    @_deterministic_or_told()
     def train(
         self,
         received: Tensor,
@@ -208,6 +224,7 @@ class LocalTrainer:
         count = len(samples) * self.rule.epochs
         return LocalResult(update, float(loss_sum) / count, count, extras)
 
+    @_deterministic_or_told()
     def mean_gradient(
         self,
         weights: Tensor,
@@ -251,12 +268,11 @@ class LocalTrainer:
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The cross-entropy at the pruned weights (no sync), and its gradient for each parameter."""
         reduced = self.rule.precision == "bf16"
-        with _deterministic_or_told():
-            # The cache of rounded weights is the process's: another client's thread would empty it in mid-pass.
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced, cache_enabled=False):
-                logits = self.bound.model(images)
-            loss = torch.nn.functional.cross_entropy(logits.float() if reduced else logits, labels)
-            gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
+        # The cache of rounded weights is the process's: another client's thread would empty it in mid-pass.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced, cache_enabled=False):
+            logits = self.bound.model(images)
+        loss = torch.nn.functional.cross_entropy(logits.float() if reduced else logits, labels)
+        gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
         return loss.detach(), gradients
 
     def _batches(self, samples: np.ndarray, round: int, client: int) -> _Batches:
@@ -275,21 +291,6 @@ class LocalTrainer:
         ]
         own = torch.from_numpy(samples).to(device)
         return _Batches(self.data, own, torch.from_numpy(order).to(device), bounds, crops)
-
-
-@contextmanager
-def _deterministic_or_told() -> Iterator[None]:
-    """Raises InputError where a network of the user's has a layer that cannot repeat its bits on this device."""
-    try:
-        yield
-    except RuntimeError as error:
-        layer, told, _ = str(error).partition(" does not have a deterministic implementation")
-        if not told:
-            raise
-        raise InputError(
-            f"deterministic: got on, but the network computes with {layer}, which has no form that repeats its bits on this "
-            "device; allowed: another layer in its place, or a run with deterministic=off, whose bits do not repeat"
-        ) from error
 
 
 class _Batches:
