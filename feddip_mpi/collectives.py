@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from feddip_mpi import errors, output, runtime
+from feddip_mpi import deadlines, errors, output, runtime
 from feddip_mpi.errors import FeddipError, InputError, PeerError, RankLost
 
 # Counts and displacements of MPI-3 are int32 and Open MPI refuses larger ones: stay below in every call.
@@ -770,12 +770,12 @@ class Communicator:
         """End for a reason that the others need not have, such as memory: where MPI is fault tolerant they go on without."""
         if self.fault_tolerant and self.size > 1:
             self._say_last(say_why, code)
-            runtime.die()  # of a rank that only exits mpirun (5.0.11) does not tell the others: they would wait for ever
+            deadlines.die()  # of a rank that only exits mpirun (5.0.11) does not tell the others: they would wait for ever
         self.abort(code, say_why)
 
     def _say_last(self, say_why: Callable[[], None], code: int) -> None:
         """Whatever becomes of these words, this process ends soon."""
-        runtime.end_after(_ABORT_SECONDS, runtime.die if self.fault_tolerant else functools.partial(os._exit, code))
+        deadlines.end_after(_ABORT_SECONDS, deadlines.die if self.fault_tolerant else functools.partial(os._exit, code))
         with contextlib.suppress(Exception):  # such as no memory for the message: the end counts
             say_why()
         output.flush()
@@ -791,7 +791,7 @@ class Communicator:
         output.flush()
         try:
             if not self.damaged:
-                runtime.end_after(_FINALIZE_SECONDS, functools.partial(os._exit, code))
+                deadlines.end_after(_FINALIZE_SECONDS, functools.partial(os._exit, code))
                 self.free()
                 self._mpi.Finalize()
                 return

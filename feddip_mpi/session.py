@@ -17,6 +17,7 @@ import torch
 from feddip_mpi import (
     checkpoint,
     config,
+    deadlines,
     entropy,
     federation,
     hdf5,
@@ -108,7 +109,7 @@ class Run:
     folder: RunFolder
     stop: StopFlag
     held: ExitStack
-    watchdog: runtime.Watchdog
+    watchdog: deadlines.Watchdog
     owner: bool
     created: str = ""
     faults: list[runtime.Fault] = field(default_factory=list)
@@ -126,9 +127,9 @@ def _hold(held: ExitStack, lock: Lock) -> None:
     held.callback(lock.release)
 
 
-def _watch(comm: Communicator, settings: Config, held: ExitStack) -> runtime.Watchdog:
+def _watch(comm: Communicator, settings: Config, held: ExitStack) -> deadlines.Watchdog:
     """A watchdog over this rank until the command ends."""
-    watchdog = runtime.Watchdog(settings.watchdog, comm.world_ranks[comm.rank], comm.abort)
+    watchdog = deadlines.Watchdog(settings.watchdog, comm.world_ranks[comm.rank], comm.abort)
     held.callback(watchdog.close)
     return watchdog
 
@@ -281,7 +282,7 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _build_to_train(comm: Communicator, settings: Config, watchdog: runtime.Watchdog) -> Federation:
+def _build_to_train(comm: Communicator, settings: Config, watchdog: deadlines.Watchdog) -> Federation:
     """`build`, after what training alone needs: an evaluation may happen on another machine."""
     error = None
     watchdog.enter("load" if comm.node_rank == 0 else "wait")  # the first rank of each node reads the data
@@ -471,7 +472,7 @@ def _recover(
     while True:
         try:
             run.watchdog.enter("recover", state.server.round if state else 0)
-            with runtime.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
+            with deadlines.deadline(settings.recovery_timeout, "waiting for the ranks that survive"):
                 survivors = comm.shrink()
             if state is not None:
                 state.holders = recovery.renumber(state.holders, survivors)

@@ -9,7 +9,7 @@ from alone import Alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feddip_mpi import config, runtime, session
+from feddip_mpi import config, deadlines, session
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.residual_store import ResidualStore
 from feddip_mpi.residuals import Residual, remember
@@ -144,4 +144,4 @@ def test_a_folder_that_is_not_there_is_found_before_the_first_round(tmp_path: Pa
     for name in ("missing", "file"):
         chosen = config.validate({"upload": {"residual_folder": str(tmp_path / name)}, "device": "cpu"})
         with pytest.raises(InputError, match=f"upload.residual_folder: got '.*{name}', which is no folder"):
-            session._build_to_train(Alone(), chosen, runtime.Watchdog(None, 0, lambda *_: None))  # type: ignore[arg-type]
+            session._build_to_train(Alone(), chosen, deadlines.Watchdog(None, 0, lambda *_: None))  # type: ignore[arg-type]
