@@ -14,8 +14,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from feddip_mpi.deadlines import die, end_after
@@ -456,9 +457,14 @@ def file_system(path: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what computes the results."""
-    from importlib.metadata import version
-
     from feddip_mpi import __version__
 
-    libraries = {name: version(name) for name in ("torch", "numpy", "h5py", "mpi4py")}
-    return {"feddip_mpi": __version__, "python": sys.version.split()[0], **libraries}
+    return {"feddip_mpi": __version__, "python": sys.version.split()[0], **_library_versions()}
+
+
+@cache
+def _library_versions() -> Mapping[str, str]:
+    """Each of these files is a hundred lines to parse, and every checkpoint names them."""
+    from importlib.metadata import version
+
+    return MappingProxyType({name: version(name) for name in ("torch", "numpy", "h5py", "mpi4py")})

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment (see jobs/setup-env.sh), adds a second MPI to test against, and runs the test suite.
 #
-#   bash jobs/test.sh                            everything, two files at a time
+#   bash jobs/test.sh                            everything, on two cores three files at a time
 #   bash jobs/test.sh tests/unit -k mask         further arguments go to pytest
 
 set -euo pipefail
@@ -68,8 +68,10 @@ export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
 export FEDDIP_MPIRUN=$MPIRUN
 unset PYTHONDONTWRITEBYTECODE # every rank would compile the package for itself
 
-# Most of the time goes into starting ranks one after another: two files at a time, in the order in which they are collected.
-if (($# == 0 && $(env -u OMP_NUM_THREADS nproc) > 1)); then
-    set -- -n 2 --no-loadscope-reorder --durations=25
+# One file more at a time than there are cores: ranks are started one after another, and those of Slurm are waited for. In the
+# order in which files are collected, Slurm first: it takes longest.
+cores=$(env -u OMP_NUM_THREADS nproc)
+if (($# == 0 && cores > 1)); then
+    set -- -n "$((cores < 4 ? cores + 1 : 4))" --no-loadscope-reorder --durations=25
 fi
 exec python -m pytest "$@"

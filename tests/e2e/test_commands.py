@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny import ROOT, Command, records, settings
+from tiny import ROOT, Command, records, run_in_turn, settings
 
 from feddip_mpi import checkpoint, config, federation, metrics, summary
 from feddip_mpi.cli import cli
@@ -59,17 +59,37 @@ def test_help_needs_neither_mpi_nor_torch() -> None:
     assert "..." not in listed  # nothing cut off at 80 columns
 
 
-@pytest.mark.parametrize(("final", "allocation"), [(0.9999, "global"), (0.8, "global"), (0.9999, "lamp")])
-def test_a_layer_of_which_nothing_is_left_is_said_once(
-    final: float, allocation: str, feddip: Command, tiny_config: Path, tmp_path: Path
-) -> None:
-    words = settings(f"sparsity.final={final}", f"mask.allocation={allocation}")
-    done = feddip("train", str(tiny_config), *words, "--out", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    shares = records(tmp_path / "run")[-1]["sparsity_by_layer"]
+EMPTIED = ((0.9999, "global"), (0.8, "global"), (0.9999, "lamp"))
+PLANNED = (
+    ("rounds=6", "mask.freeze_after=0.7", "sparsity.schedule=linear"),
+    ("upload.values=int8", "mask.initial=none", "upload.regrow_rounds=all", "upload.regrow=3"),
+    ("upload.values=int4", "mask.initial=magnitude", "upload.rounding=stochastic", "server_memory=off"),
+    ("upload.mode=dense_at_mask_updates", "server_memory=published", "upload.values=bf16"),
+    ("method=fedavg",),
+    ("method=prunefl", "upload.values=bf16"),
+    ("method=feddst", "upload.values=fp32"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
+    """Finished runs by what they are there for; made in one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    changes = {case: [f"sparsity.final={case[0]}", f"mask.allocation={case[1]}"] for case in EMPTIED}
+    changes |= {case: [*case, "checkpoint.every=100"] for case in PLANNED}
+    places = {case: folder / str(n) for n, case in enumerate(changes)}
+    run_in_turn(
+        *(["train", str(tiny_config), *settings(*changes[case]), "--out", str(places[case])] for case in changes)
+    )
+    return places
+
+
+@pytest.mark.parametrize("case", EMPTIED, ids=str)
+def test_a_layer_of_which_nothing_is_left_is_said_once(case: tuple[float, str], runs: dict[tuple, Path]) -> None:
+    shares = records(runs[case])[-1]["sparsity_by_layer"]
     emptied = [name for name, share in shares.items() if share == 1.0]
-    assert bool(emptied) == (final == 0.9999 and allocation == "global")
-    log = (tmp_path / "run" / "run.log").read_text()
+    assert bool(emptied) == (case == (0.9999, "global"))
+    log = (runs[case] / "run.log").read_text()
     assert {name: log.count(f"no weight of {name} is left") for name in shares} == {
         name: int(name in emptied) for name in shares
     }
@@ -225,26 +245,10 @@ def test_a_run_is_evaluated_and_resumed_from_any_folder(
 # plan
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["rounds=6", "mask.freeze_after=0.7", "sparsity.schedule=linear"],
-        ["upload.values=int8", "mask.initial=none", "upload.regrow_rounds=all", "upload.regrow=3"],
-        ["upload.values=int4", "mask.initial=magnitude", "upload.rounding=stochastic", "server_memory=off"],
-        ["upload.mode=dense_at_mask_updates", "server_memory=published", "upload.values=bf16"],
-        ["method=fedavg"],
-        ["method=prunefl", "upload.values=bf16"],
-        ["method=feddst", "upload.values=fp32"],
-    ],
-    ids=lambda changes: " ".join(changes),
-)
-def test_a_run_does_what_the_plan_says(changes: list[str], tiny_config: Path, tmp_path: Path, feddip: Command) -> None:
+@pytest.mark.parametrize("changes", PLANNED, ids=" ".join)
+def test_a_run_does_what_the_plan_says(changes: tuple[str, ...], tiny_config: Path, runs: dict[tuple, Path]) -> None:
     planned = json.loads(invoke("plan", str(tiny_config), *settings(*changes), "--json").stdout)
-    done = feddip(
-        "train", str(tiny_config), *settings(*changes, "checkpoint.every=100"), "--out", str(tmp_path / "run")
-    )
-    assert done.returncode == 0, done.stderr
-    real = records(tmp_path / "run")
+    real = records(runs[changes])
     same = ("round", "sparsity", "penalty", "learning_rate", "dense_bytes")
     assert [{name: row[name] for name in same} for row in planned] == [
         {name: record[name] for name in same} for record in real
