@@ -192,17 +192,8 @@ class LocalTrainer:
             loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
             if hook is None and self._large:
                 descend_by_pieces(
-                    gradients,
-                    weights,
-                    active,
-                    layout,
-                    kept,
-                    self.rule,
-                    penalty,
-                    received,
-                    learning_rate,
-                    self._gradient,
-                )
+                    gradients, weights, active, layout, kept, self.rule, penalty, received, learning_rate, self._gradient,
+                )  # fmt: skip
                 continue
             torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
             if hook is not None:
