@@ -352,7 +352,7 @@ def test_study_runs_collects_and_goes_on(tiny_config: Path, tmp_path: Path, fedd
     out = tmp_path / "study"
     length = ("--rounds", "3", "--warm-up", "1")
     words = ["study", str(tiny_config), *settings(), "--kind", "strong", *length, "--out", str(out)]
-    done = feddip(*words, "--ranks", "1,2")
+    done = feddip(*words, "--ranks", "1,2", pictures=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Strong scaling" in done.stdout and "EXTRAPOLATION" in done.stdout
     assert len(records(out / "strong-1")) == len(records(out / "strong-2")) == 3

@@ -133,7 +133,7 @@ def test_the_page_in_a_browser(swept: Path, feddip: Command, tmp_path: Path) -> 
         pytest.skip("no Chromium here: apt-get install chromium")
     foreign = tmp_path / ("a_name_without_a_break_" * 5)  # longer than a telephone is wide
     foreign.mkdir()
-    done = feddip("report", str(swept / "runs"), str(foreign), "--out", str(tmp_path / "report"))
+    done = feddip("report", str(swept / "runs"), str(foreign), "--out", str(tmp_path / "report"), pictures=True)
     assert done.returncode == 0, done.stderr
     with chromium.Chromium(browser, tmp_path / "profile") as page:
         for width in (1280, 400):
