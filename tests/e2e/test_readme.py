@@ -62,7 +62,7 @@ def _bash(script: str, folder: Path, **more: str) -> subprocess.CompletedProcess
         **more,
     }
     return subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=570, check=False
     )
 
 
