@@ -25,7 +25,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def run(*words: str, ranks: int | None = None, pictures: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
     """`feddip-mpi` with these words, plain or under mpirun, with `more` environment variables.
 
-    Without `pictures` as where matplotlib is not installed: nearly a third of such a short run's processor time would go into its picture.
+    Without `pictures` as where matplotlib is not installed: a picture takes nearly a third of such a short run's time.
     """
     paths = str(ROOT) if pictures else os.pathsep.join((str(ROOT), str(NO_MATPLOTLIB)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **more}
