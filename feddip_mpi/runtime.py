@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from feddip_mpi.deadlines import die, end_after
@@ -463,8 +462,8 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def _library_versions() -> Mapping[str, str]:
+def _library_versions() -> dict[str, str]:
     """Each of these files is a hundred lines to parse, and every checkpoint names them."""
     from importlib.metadata import version
 
-    return MappingProxyType({name: version(name) for name in ("torch", "numpy", "h5py", "mpi4py")})
+    return {name: version(name) for name in ("torch", "numpy", "h5py", "mpi4py")}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import Command, run, settings
+
+# Several commands in one process: as the tests of ranks do it.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "mpi"))
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 from click.testing import CliRunner, Result
-from tiny import ROOT, Command, records, run_in_turn, settings
+from tiny import ROOT, Command, records, settings
 
 from feddip_mpi import checkpoint, config, federation, metrics, summary
 from feddip_mpi.cli import cli
@@ -72,24 +73,24 @@ PLANNED = (
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
+def finished(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
     """Finished runs by what they are there for; made in one process."""
     folder = tmp_path_factory.mktemp("runs")
     changes = {case: [f"sparsity.final={case[0]}", f"mask.allocation={case[1]}"] for case in EMPTIED}
     changes |= {case: [*case, "checkpoint.every=100"] for case in PLANNED}
     places = {case: folder / str(n) for n, case in enumerate(changes)}
-    run_in_turn(
-        *(["train", str(tiny_config), *settings(*changes[case]), "--out", str(places[case])] for case in changes)
-    )
+    argvs = (["train", str(tiny_config), *settings(*changes[case]), "--out", str(places[case])] for case in changes)
+    for case, reports in zip(changes, runs.play([{"argv": argv} for argv in argvs], folder, None), strict=True):
+        assert [r["code"] for r in reports] == [0], (case, reports)
     return places
 
 
 @pytest.mark.parametrize("case", EMPTIED, ids=str)
-def test_a_layer_of_which_nothing_is_left_is_said_once(case: tuple[float, str], runs: dict[tuple, Path]) -> None:
-    shares = records(runs[case])[-1]["sparsity_by_layer"]
+def test_a_layer_of_which_nothing_is_left_is_said_once(case: tuple[float, str], finished: dict[tuple, Path]) -> None:
+    shares = records(finished[case])[-1]["sparsity_by_layer"]
     emptied = [name for name, share in shares.items() if share == 1.0]
     assert bool(emptied) == (case == (0.9999, "global"))
-    log = (runs[case] / "run.log").read_text()
+    log = (finished[case] / "run.log").read_text()
     assert {name: log.count(f"no weight of {name} is left") for name in shares} == {
         name: int(name in emptied) for name in shares
     }
@@ -246,9 +247,11 @@ def test_a_run_is_evaluated_and_resumed_from_any_folder(
 
 
 @pytest.mark.parametrize("changes", PLANNED, ids=" ".join)
-def test_a_run_does_what_the_plan_says(changes: tuple[str, ...], tiny_config: Path, runs: dict[tuple, Path]) -> None:
+def test_a_run_does_what_the_plan_says(
+    changes: tuple[str, ...], tiny_config: Path, finished: dict[tuple, Path]
+) -> None:
     planned = json.loads(invoke("plan", str(tiny_config), *settings(*changes), "--json").stdout)
-    real = records(runs[changes])
+    real = records(finished[changes])
     same = ("round", "sparsity", "penalty", "learning_rate", "dense_bytes")
     assert [{name: row[name] for name in same} for row in planned] == [
         {name: record[name] for name in same} for record in real

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,28 +40,6 @@ def run(*words: str, ranks: int | None = None, pictures: bool = False, **more: s
         environment |= {"OMPI_MCA_mpi_yield_when_idle": "1"}
     command = [*launcher, sys.executable, "-m", "feddip_mpi", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-_IN_TURN = """
-import json, sys
-from feddip_mpi import cli
-sys.modules["matplotlib"] = None  # no picture of each run: it takes longer than the run
-for argv in json.loads(sys.argv[1]):
-    sys.argv = ["feddip-mpi", *argv]
-    try:
-        cli.main()
-    except SystemExit as end:
-        if end.code:
-            sys.exit(f"{argv} ended with {end.code}")
-"""
-
-
-def run_in_turn(*commands: Sequence[str]) -> None:
-    """Commands one after another in one process of their own, which imports torch once; all have to succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _IN_TURN, json.dumps(commands)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def settings(*values: str) -> list[str]:

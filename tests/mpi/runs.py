@@ -35,7 +35,7 @@ def play(
     folder: Path,
     ranks: int | None,
     library: str = "default",
-    seconds: float = 480,
+    seconds: float = 240,
     extra: dict[str, str] | None = None,
 ) -> list[list[dict[str, Any]]]:
     """Run programs/steps.py; returns for each step what each rank reports (code, out, err)."""

@@ -21,7 +21,7 @@ def test_a_deadline_ends_the_process_and_says_what_it_waited_for() -> None:
 
 
 @pytest.mark.parametrize("blocked", [False, True])
-def test_a_deadline_ends_a_process_that_cannot_say_why(blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_ends_a_process_that_cannot_say_why(blocked: bool) -> None:
     """Its stderr is a full disk, or a pipe that nobody reads and that is full."""
     code = """
 import os, time
