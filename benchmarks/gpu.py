@@ -1,10 +1,11 @@
 """Correctness and speed on one GPU, in one call of less than nine minutes; on a machine without one, the same on the CPU.
 
-    python benchmarks/gpu.py [--device cuda|cpu] [--seconds 500] [--data FOLDER] [--out docs/results/gpu.json]
+    python benchmarks/gpu.py [--device cuda|cpu] [--parts NAME ...] [--seconds 500] [--data FOLDER] [--out docs/results/gpu.json]
 
 In turn: a client's round on the device against the CPU; 1 rank against 2 ranks on the same device, all bits; DPF against
-plain SGD in fp32, tf32 and bf16; 1, 2 and 5 clients at once (`clients_at_once`), time and bits; from the device to
-MPI's memory; then the published settings for as many rounds as fit. FOLDER is what `data.path` names (parent of the data
+plain SGD in fp32, tf32 and bf16, step by step and recorded (`cuda_graphs`); rounds of the published settings by phase; 1, 2
+and 5 clients at once (`clients_at_once`), time and bits; from the device to MPI's memory; then the published settings for as
+many rounds as fit. FOLDER is what `data.path` names (parent of the data
 sets' own folders); a data set that is not there is replaced by generated images of its shape, and the result says so.
 On the CPU everything is small (`--device cpu`): that shows that the script runs, not what a GPU does.
 """
@@ -29,8 +30,9 @@ import torch
 from torch.nn import functional as F
 from watch import mpirun
 
-from feddip_mpi import config, federation, methods, runtime, staging
+from feddip_mpi import collectives, config, federation, methods, rounds, runtime, session, staging
 from feddip_mpi.local import DeviceData, LocalTrainer
+from feddip_mpi.schedules import plan_round
 from feddip_mpi.vector import BoundModel, flatten
 
 SHAPES = {"lenet5": (1, 28, 28), "alexnet": (3, 32, 32), "resnet18": (3, 32, 32)}
@@ -44,7 +46,9 @@ PUBLISHED = {
 BATCH = 128
 
 
-def trainer(name: str, device: torch.device, images: int, batch: int, *settings: str) -> tuple[LocalTrainer, tuple]:
+def trainer(
+    name: str, device: torch.device, images: int, batch: int, *settings: str, record: bool = False
+) -> tuple[LocalTrainer, tuple]:
     """A trainer on random images, and the first arguments of its `train`; everything equal for equal arguments."""
     chosen = config.parse(
         f"{{model: {{name: {name}}}, local_epochs: 1, batch_size: {batch}, mask: {{initial: erk}}}}", settings
@@ -58,11 +62,8 @@ def trainer(name: str, device: torch.device, images: int, batch: int, *settings:
     method = methods.make(chosen, model, layout, shape)
     _, mask = method.start(initial, [])
     data = DeviceData(raw, labels, grey, grey, channels_last=device.type == "cpu")
-    return LocalTrainer(BoundModel(model, layout, device), data, method.local_rule()), (
-        initial,
-        mask,
-        np.arange(images),
-    )
+    bound = BoundModel(model, layout, device)
+    return LocalTrainer(bound, data, method.local_rule(), record=record), (initial, mask, np.arange(images))
 
 
 def finish(device: torch.device) -> None:
@@ -119,11 +120,54 @@ def steps(device: torch.device, models: list[str], images: int, batch: int, repe
         row = found[name] = {"plain SGD": per_batch * seconds_of(plain, device, repeats)}
         for precision in precisions:
             runtime.prepare_torch(config.Config(device=device.type, precision=precision), 0)
-            chosen, _ = trainer(name, device, images, batch, f"precision={precision}")
-            row[f"DPF {precision}"] = per_batch * seconds_of(
-                lambda chosen=chosen, rest=arguments: chosen.train(*rest, 1e-4, 1e-3, 0, 0), device, repeats
-            )
+            for record in (False, True) if device.type == "cuda" else (False,):
+                chosen, _ = trainer(name, device, images, batch, f"precision={precision}", record=record)
+                row[f"DPF {precision}{', recorded' * record}"] = per_batch * seconds_of(
+                    lambda chosen=chosen, rest=arguments: chosen.train(*rest, 1e-4, 1e-3, 0, 0), device, repeats
+                )
         runtime.prepare_torch(config.Config(device=device.type), 0)
+    return found
+
+
+def whole_rounds(device: torch.device, count: int) -> dict:
+    """Seconds by phase of rounds of the published settings on generated images, the last of which renews the mask.
+
+    Median of the rounds after the first two, and those of the last one; with and without recorded steps.
+    """
+    runtime.prepare_mpi()
+    found: dict = {}
+    gpu = device.type == "cuda"
+    for name, precision in (
+        (("lenet5", "fp32"), ("alexnet", "tf32"), ("resnet18", "bf16")) if gpu else (("lenet5", "fp32"),)
+    ):
+        source, (_, shape, classes) = next((s, d) for s, d in PUBLISHED.items() if s.endswith(name))
+        for graphs in ("off", "auto") if gpu else ("off",):
+            settings = config.load(f"configs/{source}.yaml", [
+                f"device={device.type}", f"precision={precision}", f"cuda_graphs={graphs}", "data.name=synthetic",
+                f"data.synthetic.shape={list(shape)}", f"data.synthetic.classes={classes}", f"eval.every={count}",
+                f"data.synthetic.train_samples={50_000 if gpu else 2_000}", "data.synthetic.test_samples=10000",
+                f"mask.every={count}", "sparsity.initial=0.85",
+            ])  # fmt: skip
+            runtime.prepare_torch(settings, 0)
+            built = session.build(collectives.world(), settings)
+            state = rounds.initial_state(built)
+            records = []
+            for _ in range(count):
+                started = time.perf_counter()
+                record = rounds.play(built, state, plan_round(settings, state.server.round))
+                finish(device)
+                records.append({**record, "round_seconds": time.perf_counter() - started})
+            keys = [key for key in records[0] if key.endswith("_seconds") and any(record[key] for record in records)]
+            found[f"{name}, {precision}, cuda_graphs {graphs}"] = {
+                "a round": {key: statistics.median(record[key] for record in records[2:-1]) for key in keys},
+                "with a mask update and an evaluation": {key: records[-1][key] for key in keys},
+                "recordings": built.trainer.recorder.recorded if built.trainer.recorder else 0,
+                "peak_device_bytes": runtime.peak_memory(device)[1],
+            }
+            if gpu:
+                del built, state
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
     return found
 
 
@@ -252,21 +296,31 @@ def published(device: torch.device, folder: Path, data: Path | None, seconds: fl
 def parts(
     options: argparse.Namespace, device: torch.device, folder: Path, started: float
 ) -> Iterator[tuple[str, dict]]:
-    """Name and result of every part, as it ends."""
+    """Name and result of every part that is asked for, as it ends."""
     gpu = device.type == "cuda"
     models = list(SHAPES) if gpu else ["lenet5", "alexnet"]
-    yield "against the CPU", against_the_cpu(device, list(SHAPES))
-    yield "equal bits", equal_bits(device, folder, 6 if gpu else 3)
-    yield "steps, ms a batch", steps(device, models, 12 * BATCH if gpu else 128, BATCH if gpu else 64, 5 if gpu else 2)
-    yield "clients at once", side_by_side(device, folder, 1200 if gpu else 128, 8 if gpu else 3)
-    yield "transfers, ms", transfers(device)
-    left = options.seconds - (time.monotonic() - started)
-    yield "published settings", published(device, folder, options.data, max(30.0, left))
+    work: dict[str, Callable[[], dict]] = {
+        "against the CPU": lambda: against_the_cpu(device, list(SHAPES)),
+        "equal bits": lambda: equal_bits(device, folder, 6 if gpu else 3),
+        "steps, ms a batch": lambda: steps(
+            device, models, 12 * BATCH if gpu else 128, BATCH if gpu else 64, 3 if gpu else 2
+        ),
+        "rounds": lambda: whole_rounds(device, 6 if gpu else 4),
+        "clients at once": lambda: side_by_side(device, folder, 1200 if gpu else 128, 8 if gpu else 3),
+        "transfers, ms": lambda: transfers(device),
+        "published settings": lambda: published(
+            device, folder, options.data, max(30.0, options.seconds - (time.monotonic() - started))
+        ),
+    }
+    for name, part in work.items():
+        if not options.parts or any(name.startswith(each) for each in options.parts):
+            yield name, part()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parts", nargs="*", help="how the names begin of those that are wanted; all without it")
     parser.add_argument("--seconds", type=float, default=500, help="of all parts together, about")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu.json"))
@@ -286,11 +340,11 @@ def main() -> None:
             result[name] = found
             print(f"{name}, after {time.monotonic() - started:.0f} s: {json.dumps(found)}", flush=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")  # what is done is kept if the rest fails
-    wrong = [name for name, row in result["against the CPU"].items() if not row["within"]]
-    bits, at_once = result["equal bits"], result["clients at once"]
-    if wrong or bits.get("exit code") or bits["differing on 2 ranks"] or bits["differing when repeated"]:
+    wrong = [name for name, row in result.get("against the CPU", {}).items() if not row["within"]]
+    bits, at_once = result.get("equal bits", {}), result.get("clients at once", {})
+    if wrong or bits.get("exit code") or bits.get("differing on 2 ranks") or bits.get("differing when repeated"):
         raise SystemExit(f"not as promised: {wrong} against the CPU, {bits}")
-    if at_once.get("exit code") or at_once["differing"]:
+    if at_once.get("exit code") or at_once.get("differing"):
         raise SystemExit(f"not as promised: {at_once}")
 
 

@@ -46,15 +46,23 @@ def lamp_scores(magnitude: Tensor, most: int) -> Tensor:
         most: >= 0.
 
     Returns:
-        float64 [at most `most`] on the CPU, in [0, 1], descending; 0 for weights of 0.
+        float64 [at most `most`] on the device of `magnitude`, in [0, 1], descending; 0 for weights of 0.
     """
-    values = magnitude.cpu().numpy()
+    squares = _largest_descending(magnitude, most).astype(np.float64) ** 2
+    sums = np.cumsum(squares)
+    scores = np.divide(squares, sums, out=np.zeros_like(sums), where=sums > 0)
+    return torch.from_numpy(scores).to(magnitude.device)
+
+
+def _largest_descending(magnitude: Tensor, most: int) -> np.ndarray:
+    """The `most` largest of float32 [m] that are not below 0, or all of them."""
+    if magnitude.device.type != "cpu":  # a GPU sorts faster than all of it would travel
+        return magnitude[magnitude >= 0].sort(descending=True).values[:most].cpu().numpy()
+    values = magnitude.numpy()
     values = values[values >= 0]
     first = len(values) - min(most, len(values))
     largest = np.partition(values, first)[first:] if 0 < first < len(values) else values[first:]
-    squares = np.sort(largest)[::-1].astype(np.float64) ** 2
-    sums = np.cumsum(squares)
-    return torch.from_numpy(np.divide(squares, sums, out=np.zeros_like(sums), where=sums > 0))
+    return np.sort(largest)[::-1]
 
 
 def _lamp_counts(layers: Sequence[Tensor], keep: int) -> list[int]:

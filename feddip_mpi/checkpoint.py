@@ -147,7 +147,7 @@ def _items(snapshot: Snapshot) -> Iterator[Item]:
 
 def add_residual(draft: hdf5.Draft, client: int, residual: Residual) -> None:
     """Write one client's residual, in the shorter of the two forms; beside it in memory lies at most its own size."""
-    values = residual.values.numpy()
+    values = residual.values.cpu().numpy()
     attributes = {"round": residual.round, "size": values.size}
     count = int(np.count_nonzero(values))
     if count < _SPARSE_BELOW * values.size:

@@ -24,8 +24,10 @@ from feddip_mpi.settings import LARGEST, PUBLISHED_PENALTY, Config
 # What `resume` may change: nothing here alters the meaning of the rounds that are already done.
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "balance", "network.latency", "network.bandwidth", "data.path", "eval.every",
-    "eval.clients", "eval.overlap", "upload.residual_memory", "upload.residual_folder", "checkpoint.every", "checkpoint.keep",
-    "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device", "clients_at_once", "memory_fraction",
+    "eval.clients", "eval.overlap", "upload.residual_memory", "upload.residual_device_memory", "upload.residual_folder",
+    "checkpoint.every", "checkpoint.keep",
+    "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device", "clients_at_once", "cuda_graphs",
+    "memory_fraction",
     "stop_grace", "watchdog", "tensorboard", "on_rank_failure", "recovery_timeout",
 )  # fmt: skip
 

@@ -92,6 +92,8 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     # A model by import path may flatten its features with `view`, which takes contiguous ones only.
     channels_last = device.type == "cpu" and config.model.name in models.NAMES
     train_data, test_data = place(dataset, device, channels_last)
+    own = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and config.model.name in models.NAMES)
+    record, rule = own and device.type == "cuda", method.local_rule()
     return Federation(
         config=config,
         comm=comm,
@@ -104,7 +106,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         layout=layout,
         bound=bound,
         trainers=Trainers(
-            [LocalTrainer(each, train_data, method.local_rule(), method.hook(each)) for each in (bound, *more)],
+            [LocalTrainer(each, train_data, rule, method.hook(each), record) for each in (bound, *more)],
             config.threads,
         ),
         initial=initial,

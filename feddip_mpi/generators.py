@@ -27,10 +27,15 @@ def seed_all(seed: int, purpose: str, round: int = 0, client: int = 0) -> None:
     np.random.seed(drawn % 2**32)  # noqa: NPY002
 
 
-def states() -> tuple[object, ...]:
-    """What all three hold (torch's of every device in use): equal if and only if nothing was drawn or seeded."""
+def states(gpus: bool = False) -> tuple[object, ...]:
+    """What all three hold: equal if and only if nothing was drawn or seeded.
+
+    Args:
+        gpus: torch's of every GPU too. Where the CPU computes they say nothing: whatever else in this process begins to use
+            a GPU meanwhile makes them.
+    """
     held = [torch.default_generator.get_state()]
-    if torch.cuda.is_initialized():
+    if gpus:
         held += torch.cuda.get_rng_state_all()
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return (*(state.numpy().tobytes() for state in held), random.getstate(), kind, np.asarray(keys).tobytes(), *rest)

@@ -13,6 +13,7 @@ from torch import Tensor
 from feddip_mpi import generators
 from feddip_mpi.data import augment
 from feddip_mpi.errors import Abandoned, InputError
+from feddip_mpi.graphs import Recorder
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.streams import stream, torch_seed
 from feddip_mpi.vector import BoundModel, Layout
@@ -79,6 +80,15 @@ class DeviceData:
             out = out.as_strided(out.shape, (height * width, 1, width, 1))
         return out
 
+    def batch(
+        self, chosen: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised images and labels at int64 `chosen` [B]; augmented by what `augment.draw` gives, if that is given."""
+        images = self.images.index_select(0, chosen)
+        if offsets is not None and flips is not None:
+            images = augment.standard(images, offsets, flips)
+        return self.normalised(images), self.labels.index_select(0, chosen)
+
 
 @dataclass(frozen=True)
 class LocalResult:
@@ -133,10 +143,35 @@ def _deterministic_or_told() -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Client:
+    """What the steps of a client have in common.
+
+    Attributes:
+        weights: float32 [parameters], what is trained; the beginning of the bound vector where nothing is pruned (`whole`).
+        kept: the mask as float32 [P].
+        received: float32 [n].
+        rate, penalty: eta_t and lambda_t (0.0: none), on a GPU tensors, recorded or not: a recording would keep numbers, and
+            with tensors sums are rounded otherwise.
+        loss_sum: float32 [], of the images so far.
+    """
+
+    weights: Tensor
+    kept: Tensor
+    received: Tensor
+    rate: float | Tensor
+    penalty: float | Tensor
+    loss_sum: Tensor
+    whole: bool
+
+
 class LocalTrainer:
     """Trains any client, one after the other, in the same buffers: memory grows with the model only."""
 
-    def __init__(self, bound: BoundModel, data: DeviceData, rule: LocalRule, hook: LocalHook | None = None) -> None:
+    def __init__(
+        self, bound: BoundModel, data: DeviceData, rule: LocalRule, hook: LocalHook | None = None, record: bool = False
+    ) -> None:
+        """`record`: steps are CUDA graphs where there is no hook; the forward pass decides and draws on the GPU alone."""
         self.bound, self.data, self.rule, self.hook = bound, data, rule, hook
         layout = bound.layout
         self._weights = torch.empty(layout.parameters, device=bound.vector.device)
@@ -146,6 +181,11 @@ class LocalTrainer:
             if isinstance(module, Dropout):
                 module.generator = self._generator
         self._large = bound.vector.device.type == "cpu" and layout.parameters > _PIECE
+        self._rate, self._penalty, self._loss_sum = (self._weights.new_empty(()) for _ in range(3))
+        self.recorder = Recorder([self._generator]) if record and hook is None else None
+        if self.recorder is not None:
+            self._kept = self._weights.new_empty(layout.prunable)
+            self._received = torch.empty_like(bound.vector) if rule.proximal else None
 
     @_deterministic_or_told()
     def train(
@@ -171,49 +211,73 @@ class LocalTrainer:
             give_up: asked before every batch; when true the training ends with Abandoned.
             alone: nothing else trains in this process meanwhile, and global random generators are this client's.
         """
-        bound, layout = self.bound, self.bound.layout
-        active = bound.vector
+        layout, active, hook = self.bound.layout, self.bound.vector, self.hook
         active.copy_(received)
-        batches, hook = self._batches(samples, round, client), self.hook
-        # With nothing pruned the weights of the forward pass are the dense ones, and need no memory of their own.
-        whole = hook is None and bool(mask.all())
-        weights = active[: layout.parameters] if whole else self._weights.copy_(received[: layout.parameters])
+        recorder = self.recorder if alone else None
+        batches = self._batches(samples, round, client, ready=recorder is None)
+        state = self._client(received, mask, learning_rate, penalty, recorder is not None)
         self._begin("dropout", round, client, alone)
-        kept = mask.to(torch.float32)
-        if hook is None and not whole:
-            active[: layout.prunable].mul_(kept)  # `Method.received` may give more than the mask keeps
-        loss_sum = torch.zeros((), device=active.device)
+        if hook is None and not state.whole:
+            active[: layout.prunable].mul_(state.kept)  # `Method.received` may give more than the mask keeps
         if hook is not None:
-            hook.begin(weights, kept, len(batches))
-        for batch, (images, labels) in enumerate(batches):
+            hook.begin(state.weights, state.kept, len(batches))
+        for batch in range(len(batches)):
             if give_up():
                 raise Abandoned(f"round {round + 1} was abandoned while client {client} trained")
-            loss, gradients = self._backward(images, labels)
-            loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
-            if hook is None and self._large:
-                descend_by_pieces(
-                    gradients, weights, active, layout, kept, self.rule, penalty, received, learning_rate, self._gradient,
-                )  # fmt: skip
+            if recorder is None:
+                self._step(*batches.gathered(batch), state, batch)
                 continue
-            torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
-            if hook is not None:
-                hook.gradient(self._gradient, weights, active, kept, batch)
-            add_regularisation(
-                self._gradient, weights, active, layout, kept, self.rule, penalty, received[: layout.parameters]
-            )
-            weights.add_(self._gradient, alpha=-learning_rate)
-            if not whole:
-                if hook is None:
-                    torch.mul(weights[: layout.prunable], kept, out=active[: layout.prunable])
-                else:
-                    hook.activate(weights, kept, active)
-                active[layout.prunable : layout.parameters] = weights[layout.prunable :]
-        extras = () if hook is None else hook.end(weights, kept)
+            inputs = batches.places(batch)
+            form = (len(inputs[0]), state.whole, bool(penalty))
+            recorder.run(form, inputs, lambda *inputs, state=state: self._step(*self.data.batch(*inputs), state, 0))
+        extras = () if hook is None else hook.end(state.weights, state.kept)
         update = torch.empty_like(received)
-        torch.sub(weights, received[: layout.parameters], out=update[: layout.parameters])
+        torch.sub(state.weights, received[: layout.parameters], out=update[: layout.parameters])
         torch.sub(active[layout.parameters :], received[layout.parameters :], out=update[layout.parameters :])
         count = len(samples) * self.rule.epochs
-        return LocalResult(update, float(loss_sum) / count, count, extras)
+        return LocalResult(update, float(state.loss_sum) / count, count, extras)
+
+    def _client(self, received: Tensor, mask: Tensor, rate: float, penalty: float, recorded: bool) -> _Client:
+        """What the steps of a client begin with; `recorded`: where it lay for the one before."""
+        active, parameters = self.bound.vector, self.bound.layout.parameters
+        # With nothing pruned the weights of the forward pass are the dense ones, and need no memory of their own.
+        whole = self.hook is None and bool(mask.all())
+        weights = active[:parameters] if whole else self._weights.copy_(received[:parameters])
+        kept = self._kept.copy_(mask) if recorded else mask.to(torch.float32)
+        if recorded and self._received is not None:
+            received = self._received.copy_(received)
+        loss_sum = self._loss_sum.zero_()
+        if active.device.type == "cpu" and not recorded:
+            return _Client(weights, kept, received, rate, penalty, loss_sum, whole)
+        there = self._penalty.fill_(penalty) if penalty else 0.0
+        return _Client(weights, kept, received, self._rate.fill_(rate), there, loss_sum, whole)
+
+    def _step(self, images: Tensor, labels: Tensor, client: _Client, batch: int) -> None:
+        """One batch: w <- w - eta (g + mu w), and the pruned weights after it. Waits for nothing on a GPU."""
+        layout, active, hook = self.bound.layout, self.bound.vector, self.hook
+        weights, kept, parameters = client.weights, client.kept, layout.parameters
+        loss, gradients = self._backward(images, labels)
+        client.loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
+        if hook is None and self._large:
+            descend_by_pieces(
+                gradients, weights, active, layout, kept, self.rule, client.penalty, client.received, client.rate,
+                self._gradient,
+            )  # fmt: skip
+            return
+        torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
+        if hook is not None:
+            hook.gradient(self._gradient, weights, active, kept, batch)
+        add_regularisation(
+            self._gradient, weights, active, layout, kept, self.rule, client.penalty, client.received[:parameters]
+        )
+        _descend(weights, self._gradient, client.rate)
+        if client.whole:
+            return
+        if hook is None:
+            torch.mul(weights[: layout.prunable], kept, out=active[: layout.prunable])
+        else:
+            hook.activate(weights, kept, active)
+        active[layout.prunable : parameters] = weights[layout.prunable :]
 
     @_deterministic_or_told()
     def mean_gradient(
@@ -266,7 +330,7 @@ class LocalTrainer:
         gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
         return loss.detach(), gradients
 
-    def _batches(self, samples: np.ndarray, round: int, client: int) -> _Batches:
+    def _batches(self, samples: np.ndarray, round: int, client: int, ready: bool = True) -> _Batches:
         rule, device = self.rule, self.data.images.device
         order_stream = stream(rule.seed, "batches", round, client)
         # Places among the client's images: the same draws as a permutation of the images themselves.
@@ -281,7 +345,7 @@ class LocalTrainer:
             for start, stop in batch_bounds(len(samples), rule.batch_size)
         ]
         own = torch.from_numpy(samples).to(device)
-        return _Batches(self.data, own, torch.from_numpy(order).to(device), bounds, crops)
+        return _Batches(self.data, own, torch.from_numpy(order).to(device), bounds, crops, ready)
 
 
 class _Batches:
@@ -297,6 +361,7 @@ class _Batches:
         order: Tensor,
         bounds: list[tuple[int, int]],
         crops: tuple[Tensor, Tensor] | None,
+        ready: bool = True,
     ) -> None:
         """Prepare.
 
@@ -306,30 +371,34 @@ class _Batches:
             order: int64, places in `samples`, all epochs in a row.
             bounds: where each batch begins and ends in `order`.
             crops: offsets and flips for each of `order` (`augment.draw`), or none.
+            ready: normalise now what is not augmented, for `gathered`.
         """
         self._data, self._order, self._bounds, self._crops = data, samples.index_select(0, order), bounds, crops
         self._places, self._ready = order, None
-        if crops is None and 4 * samples.numel() * data.images[0].numel() <= _NORMALISED_BYTES:
+        if ready and crops is None and 4 * samples.numel() * data.images[0].numel() <= _NORMALISED_BYTES:
             # Height, width, channels: a gather of these keeps either memory order.
-            ready = data.normalised(data.images.index_select(0, samples))
-            self._ready = ready.permute(0, 2, 3, 1) if data.channels_last else ready
+            all_of_them = data.normalised(data.images.index_select(0, samples))
+            self._ready = all_of_them.permute(0, 2, 3, 1) if data.channels_last else all_of_them
 
     def __len__(self) -> int:
         return len(self._bounds)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start, stop in self._bounds:
-            chosen = self._order[start:stop]
-            yield self._images(chosen, start, stop), self._data.labels.index_select(0, chosen)
+        return (self.gathered(batch) for batch in range(len(self)))
 
-    def _images(self, chosen: Tensor, start: int, stop: int) -> Tensor:
-        if self._ready is not None:
-            images = self._ready.index_select(0, self._places[start:stop])
-            return images.permute(0, 3, 1, 2) if self._data.channels_last else images
-        images = self._data.images.index_select(0, chosen)
-        if self._crops is not None:
-            images = augment.standard(images, self._crops[0][start:stop], self._crops[1][start:stop])
-        return self._data.normalised(images)
+    def places(self, batch: int) -> tuple[Tensor, ...]:
+        """What `DeviceData.batch` makes a batch of: where its images are, and how they are cropped and flipped."""
+        start, stop = self._bounds[batch]
+        return tuple(each[start:stop] for each in (self._order, *(self._crops or ())))
+
+    def gathered(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of a batch."""
+        if self._ready is None:
+            return self._data.batch(*self.places(batch))
+        start, stop = self._bounds[batch]
+        images = self._ready.index_select(0, self._places[start:stop])
+        labels = self._data.labels.index_select(0, self._order[start:stop])
+        return images.permute(0, 3, 1, 2) if self._data.channels_last else images, labels
 
 
 def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
@@ -344,8 +413,8 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def add_regularisation(
-    gradient: Tensor, weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule, penalty: float,
-    received: Tensor,
+    gradient: Tensor, weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule,
+    penalty: float | Tensor, received: Tensor,
 ) -> None:  # fmt: skip
     """Turn the loss gradient into the step direction g + mu * w, in place.
 
@@ -354,15 +423,24 @@ def add_regularisation(
         weights: float [parameters], the dense local weights w.
         active: float [n], the pruned weights m*w (and the rest).
         kept: mask as float [P].
-        penalty: lambda_t; its term is lambda_t * sum over prunable tensors of their norm at the pruned weights.
+        penalty: lambda_t, as a number or float32 []; its term is lambda_t * sum over prunable tensors of their norm at the
+            pruned weights.
         received: float [parameters].
     """
     prunable = layout.prunable
-    if penalty:
+    if isinstance(penalty, Tensor) or penalty:
         _add_penalty_gradient(gradient, active, layout, penalty, rule.penalty_norm)
     if not rule.feedback:
         gradient[:prunable].mul_(kept)
     _add_the_rest(gradient, weights, rule, received)
+
+
+def _descend(weights: Tensor, direction: Tensor, rate: float | Tensor) -> None:
+    """w <- w - eta * direction, in place."""
+    if isinstance(rate, Tensor):
+        weights.addcmul_(direction, rate, value=-1)
+    else:
+        weights.add_(direction, alpha=-rate)
 
 
 def _add_the_rest(gradient: Tensor, weights: Tensor, rule: LocalRule, received: Tensor) -> None:
@@ -372,7 +450,7 @@ def _add_the_rest(gradient: Tensor, weights: Tensor, rule: LocalRule, received: 
         gradient.add_(weights, alpha=rule.weight_decay)
 
 
-def _add_penalty_gradient(gradient: Tensor, active: Tensor, layout: Layout, penalty: float, norm: str) -> None:
+def _add_penalty_gradient(gradient: Tensor, active: Tensor, layout: Layout, penalty: float | Tensor, norm: str) -> None:
     # One tensor at a time, but no value returns to the host.
     prunable = layout.prunable
     targets = layout.views(gradient[:prunable])
@@ -380,25 +458,27 @@ def _add_penalty_gradient(gradient: Tensor, active: Tensor, layout: Layout, pena
         _add_penalty(target, values, _penalty_scale(values, penalty, norm), norm)
 
 
-def _penalty_scale(values: Tensor, penalty: float, norm: str) -> Tensor | float:
+def _penalty_scale(values: Tensor, penalty: float | Tensor, norm: str) -> Tensor | float:
     """What the gradient of a tensor's penalty is in units of its pruned weights `values` (l1: of their signs)."""
     if norm != "l2":
         return penalty if norm == "l1" else 2 * penalty
     length = torch.linalg.vector_norm(values)  # lambda * w / ||w||, and 0 where the norm is 0
-    return torch.where(length > 0, penalty / length, torch.zeros_like(length))
+    # Not a quotient, which is rounded once where the penalty is a tensor and twice where it is a number.
+    return torch.where(length > 0, length.reciprocal() * penalty, torch.zeros_like(length))
 
 
 def _add_penalty(target: Tensor, values: Tensor, scale: Tensor | float, norm: str) -> None:
     """Add the penalty's gradient to that of (a part of) a tensor, in place."""
+    direction = values.sign() if norm == "l1" else values
     if isinstance(scale, Tensor):
-        target.addcmul_(values, scale)
+        target.addcmul_(direction, scale)
     else:
-        target.add_(values.sign() if norm == "l1" else values, alpha=scale)
+        target.add_(direction, alpha=scale)
 
 
 def descend_by_pieces(
     gradients: Sequence[Tensor], weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule,
-    penalty: float, received: Tensor, learning_rate: float, scratch: Tensor,
+    penalty: float | Tensor, received: Tensor, learning_rate: float | Tensor, scratch: Tensor,
 ) -> None:  # fmt: skip
     """w <- w - eta (g + mu w) and the pruned weights after it, to the bits of the same passes over the whole vectors.
 
@@ -414,7 +494,8 @@ def descend_by_pieces(
     for index, (gradient, start) in enumerate(zip(gradients, layout.offsets, strict=False)):
         flat, prunable = gradient.reshape(-1), index < layout.prunable_tensors
         whole = slice(start, start + flat.numel())
-        scale = _penalty_scale(active[whole], penalty, rule.penalty_norm) if penalty and prunable else None
+        penalised = prunable and (isinstance(penalty, Tensor) or penalty)
+        scale = _penalty_scale(active[whole], penalty, rule.penalty_norm) if penalised else None
         for first in range(0, flat.numel(), _PIECE):
             part = flat[first : first + _PIECE]
             here = slice(start + first, start + first + part.numel())
@@ -424,7 +505,7 @@ def descend_by_pieces(
             if prunable and not rule.feedback:
                 g.mul_(kept[here])
             _add_the_rest(g, w, rule, received[here])
-            w.add_(g, alpha=-learning_rate)
+            _descend(w, g, learning_rate)
             if w.data_ptr() == a.data_ptr():
                 continue
             if prunable:

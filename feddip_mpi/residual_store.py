@@ -1,7 +1,7 @@
-"""Where a rank keeps its clients' residuals: in memory up to a budget, the rest in a file that nobody else sees.
+"""Where a rank keeps its clients' residuals: on its GPU and in memory up to budgets, the rest in a file that nobody else sees.
 
-Memory then grows with the model and not with the number of clients. To the file goes what was stored longest ago; it
-comes back bit for bit when its client takes part again.
+Memory then grows with the model and not with the number of clients. From the GPU to memory, and from there to the file, goes
+what was stored longest ago; it comes back bit for bit when its client takes part again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from feddip_mpi.errors import FeddipError, InputError
 from feddip_mpi.residuals import Residual
-from feddip_mpi.settings import UploadConfig
+from feddip_mpi.settings import Config, UploadConfig
 
 
 class _Entry:
@@ -26,18 +27,26 @@ class _Entry:
 
     def __init__(self, space: _Space, residual: Residual) -> None:
         self.space, self.round, self.slot = space, residual.round, -1
-        self.kept: Residual | np.ndarray | None = _halved(residual.values.numpy()) if space.half else residual
+        values = residual.values
+        # On a GPU, in memory as it would lie in the file, or (None) in the file.
+        self.kept: Tensor | np.ndarray | None = values.to(torch.bfloat16) if space.half else values
+        if values.device.type == "cpu":
+            self.leave_device()
+
+    def leave_device(self) -> None:
+        assert isinstance(self.kept, Tensor)
+        here = self.kept.cpu()
+        self.kept = here.view(torch.int16).numpy().view(np.uint16) if self.space.half else here.numpy()
 
     @property
     def values(self) -> np.ndarray:
         """What lies in memory, or would lie in the file."""
-        if isinstance(self.kept, Residual):
-            return self.kept.values.numpy()
+        assert not isinstance(self.kept, Tensor)
         return self.space.read(self.slot) if self.kept is None else self.kept
 
     def residual(self) -> Residual:
-        if isinstance(self.kept, Residual):
-            return self.kept
+        if isinstance(self.kept, Tensor):
+            return Residual(self.kept.to(torch.float32), self.round)
         values = self.values
         return Residual(torch.from_numpy(_doubled(values) if self.space.half else values), self.round)
 
@@ -49,20 +58,35 @@ class _Space:
     """Memory and file of a store and of its copies.
 
     Attributes:
-        memory_bytes: of values in memory.
+        device_bytes, memory_bytes: of values on the GPU and in memory.
         file_bytes: size of the file.
     """
 
-    def __init__(self, budget: int, folder: str | None, half: bool) -> None:
-        self.half, self.memory_bytes, self.file_bytes = half, 0, 0
-        self._budget, self._folder = budget, folder
-        self._in_memory: dict[int, weakref.ref[_Entry]] = {}  # by identity, oldest first
+    def __init__(self, budget: int, folder: str | None, half: bool, device_budget: int) -> None:
+        self.half, self.device_bytes, self.memory_bytes, self.file_bytes = half, 0, 0, 0
+        self._budget, self._folder, self._device_budget = budget, folder, device_budget
+        self._on_device: dict[int, weakref.ref[_Entry]] = {}  # by identity, oldest first
+        self._in_memory: dict[int, weakref.ref[_Entry]] = {}
         self._file: BinaryIO | None = None
         self._free: list[int] = []
         self._length, self._dtype = 0, np.dtype(np.float32)
 
     def add(self, entry: _Entry) -> None:
         """Raises FeddipError where the file cannot take what memory has no room for."""
+        if not isinstance(entry.kept, Tensor):
+            self._add_here(entry)
+            return
+        self._on_device[id(entry)] = weakref.ref(entry)
+        self.device_bytes += entry.kept.nbytes
+        while self.device_bytes > self._device_budget:
+            oldest = next(iter(self._on_device.values()))()
+            assert oldest is not None and isinstance(oldest.kept, Tensor)
+            del self._on_device[id(oldest)]
+            self.device_bytes -= oldest.kept.nbytes
+            oldest.leave_device()
+            self._add_here(oldest)
+
+    def _add_here(self, entry: _Entry) -> None:
         self._in_memory[id(entry)] = weakref.ref(entry)
         self.memory_bytes += entry.values.nbytes
         while self.memory_bytes > self._budget:
@@ -71,7 +95,10 @@ class _Space:
             self._spill(oldest)
 
     def forget(self, entry: _Entry) -> None:
-        if self._in_memory.pop(id(entry), None) is not None:
+        if self._on_device.pop(id(entry), None) is not None:
+            assert isinstance(entry.kept, Tensor)
+            self.device_bytes -= entry.kept.nbytes
+        elif self._in_memory.pop(id(entry), None) is not None:
             self.memory_bytes -= entry.values.nbytes
         elif entry.slot >= 0:
             self._free.append(entry.slot)
@@ -121,14 +148,22 @@ class _Space:
         return self._folder or tempfile.gettempdir()
 
 
-def _halved(values: np.ndarray) -> np.ndarray:
-    """The upper halves uint16 of float32 values whose lower halves are zero."""
-    upper: np.ndarray = (values.view(np.uint32) >> 16).astype(np.uint16)
-    return upper
-
-
 def _doubled(upper: np.ndarray) -> np.ndarray:
     return (upper.astype(np.uint32) << 16).view(np.float32)
+
+
+# Of a GPU's memory, where the configuration says nothing: several ranks may share it, and training comes first.
+_SHARE_OF_DEVICE = 8
+
+
+def device_budget(config: Config, device: torch.device) -> int:
+    """Bytes of residuals that may stay on a rank's GPU; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    if config.upload.residual_device_memory is not None:
+        return config.upload.residual_device_memory * 2**20
+    free, total = torch.cuda.mem_get_info(device)
+    return int(min(free, config.memory_fraction * total)) // _SHARE_OF_DEVICE
 
 
 def require_folder(policy: UploadConfig) -> None:
@@ -144,7 +179,7 @@ def require_folder(policy: UploadConfig) -> None:
 class ResidualStore(MutableMapping[int, Residual]):
     """This rank's residuals by client. A residual that is read may be the stored one and is not to be changed."""
 
-    def __init__(self, budget: int, folder: str | None = None, half: bool = False) -> None:
+    def __init__(self, budget: int, folder: str | None = None, half: bool = False, device_budget: int = 0) -> None:
         """An empty store.
 
         Args:
@@ -152,20 +187,27 @@ class ResidualStore(MutableMapping[int, Residual]):
             folder: where the file is made when it is needed (it has no name, and goes with the process); None: the
                 system's folder for temporary files.
             half: two bytes a value, for values that are rounded to bfloat16 already.
+            device_budget: bytes of values that may stay on the GPU on which they are stored.
         """
-        self._space = _Space(budget, folder, half)
+        self._space = _Space(budget, folder, half, device_budget)
         self._entries: dict[int, _Entry] = {}
 
     @classmethod
-    def of(cls, policy: UploadConfig) -> ResidualStore:
+    def of(cls, policy: UploadConfig, device_budget: int = 0) -> ResidualStore:
         """The store that a configuration asks for."""
-        return cls(policy.residual_memory * 2**20, policy.residual_folder, policy.residual_values == "bf16")
+        half = policy.residual_values == "bf16"
+        return cls(policy.residual_memory * 2**20, policy.residual_folder, half, device_budget)
 
     def copy(self) -> ResidualStore:
         """A store with the same residuals, none of which is copied; changes of one are not seen by the other."""
         twin = ResidualStore.__new__(ResidualStore)
         twin._space, twin._entries = self._space, dict(self._entries)
         return twin
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of values on the GPU, those of all copies together."""
+        return self._space.device_bytes
 
     @property
     def memory_bytes(self) -> int:

@@ -21,7 +21,7 @@ class Residual:
     """One client's residual.
 
     Attributes:
-        values: float32 [P] on the CPU; with `ef21` the client's reference.
+        values: float32 [P], on the CPU or on the device that trains; with `ef21` the client's reference.
         round: t of the round in which the client last took part.
     """
 
@@ -70,7 +70,7 @@ def remember(
     if policy.residual_values == "bf16":
         # Rounded here and not in the store: a resumed run, whose residual comes from a checkpoint, must see the same.
         kept = kept.to(torch.bfloat16).to(torch.float32)
-    return Residual(kept.cpu(), round) if _any(kept) else None
+    return Residual(kept, round) if _any(kept) else None
 
 
 def _any(values: Tensor) -> bool:

@@ -35,7 +35,7 @@ from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
 from feddip_mpi.local import LocalResult, LocalTrainer
-from feddip_mpi.residual_store import ResidualStore
+from feddip_mpi.residual_store import ResidualStore, device_budget
 from feddip_mpi.residuals import Residual
 from feddip_mpi.runtime import log
 from feddip_mpi.schedules import RoundPlan, plan_round
@@ -108,7 +108,7 @@ def initial_state(federation: Federation, life: Life | None = None) -> State:
     reference = torch.zeros_like(weights[: layout.prunable]) if config.upload.residual == "ef21" else None
     return State(
         Server.of(0, weights, mask),
-        ResidualStore.of(config.upload),
+        ResidualStore.of(config.upload, device_budget(config, federation.device)),
         holders,
         reference,
         memories=method.begin_memories(weights, mask),
@@ -419,8 +419,7 @@ def _encode(
     for vector in (result.update, *result.extras):
         _require_finite(result.loss, vector, plan, client, rank)
     _confine(federation, state, work.held, client, result)
-    sent = encode_and_send(exchange, task, config.upload, config.seed, work.held, client, result.update)
-    residual = work.held.get(client)
+    sent, residual = encode_and_send(exchange, task, config.upload, config.seed, work.held, client, result.update)
     squared = float(torch.linalg.vector_norm(residual.values)) ** 2 if residual is not None else 0.0
     if not np.isfinite(squared):  # update and old residual are finite, but their sum is not
         raise NumericalError(_diverged(plan, client, rank, f"residual norm {squared**0.5}"))
@@ -439,7 +438,7 @@ def _confine(
         return
     paid = federation.method.paid(state.server, state.memories, result.extras, old.round)
     if paid is not None:
-        held[client] = replace(old, values=old.values * paid.cpu())
+        held[client] = replace(old, values=old.values * paid.to(old.values.device))
 
 
 def _encode_extras(
@@ -467,7 +466,7 @@ def encode_and_send(
     held: MutableMapping[int, Residual],
     client: int,
     update: Tensor,
-) -> Bytes:
+) -> tuple[Bytes, Residual | None]:
     """Add the client's old residual to its update, compress the sum and send it; what is left is the new residual.
 
     Args:
@@ -475,6 +474,9 @@ def encode_and_send(
         policy, seed: of the configuration.
         held: residuals by client; the client's is replaced, or removed.
         update: float32 [n]; becomes the residual's memory.
+
+    Returns:
+        The bytes sent, and the new residual on the update's device.
     """
     old = held.pop(client, None)
     residuals.recall(update, old, policy, task.carried, task.round)
@@ -488,7 +490,7 @@ def encode_and_send(
     kept = residuals.remember(left, decoded, old, policy, task.carried, task.round)
     if kept is not None:
         held[client] = kept
-    return counted
+    return counted, kept
 
 
 def _require_finite(loss: float, update: Tensor, plan: RoundPlan, client: int, rank: int) -> None:
@@ -558,7 +560,7 @@ def pack_residual(residual: Residual | None) -> np.ndarray:
     if residual is None:
         return np.zeros(0, np.uint8)
     head = np.array([residual.round], np.int64).view(np.uint8)
-    return np.concatenate([head, residual.values.numpy().view(np.uint8)])
+    return np.concatenate([head, residual.values.cpu().numpy().view(np.uint8)])
 
 
 def unpack_residual(message: np.ndarray) -> Residual | None:

@@ -40,7 +40,7 @@ from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
 from feddip_mpi.metrics import Record
 from feddip_mpi.report import terminal
-from feddip_mpi.residual_store import ResidualStore, require_folder
+from feddip_mpi.residual_store import ResidualStore, device_budget, require_folder
 from feddip_mpi.rounds import State
 from feddip_mpi.run_folder import Lock, RunFolder
 from feddip_mpi.runtime import log
@@ -337,7 +337,7 @@ def _restore(
         kind = built.config.upload.values
         memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
     holders = rounds.initial_holders(built.config.clients, comm.size)
-    held = ResidualStore.of(built.config.upload)
+    held = ResidualStore.of(built.config.upload, device_budget(built.config, built.device))
     stored = checkpoint.read_residuals(loaded.path) if loaded else None
     recovery.hand_out(comm, dict(left), holders, stored, held, progress)
     assert srv.weights.numel() == layout.size

@@ -182,6 +182,12 @@ class UploadConfig(_Section):
         le=2**30,
         description="megabytes (2^20 bytes) of residuals a rank keeps in memory; others go to a file",
     )
+    residual_device_memory: int | None = Field(
+        None,
+        ge=0,
+        le=2**30,
+        description="megabytes of residuals a rank keeps on its GPU before any go to memory; none: an eighth of what is free",
+    )
     residual_folder: str | None = Field(
         None, description="where that file lies; none: the system's folder for temporary files ($TMPDIR)"
     )
@@ -439,6 +445,11 @@ class Config(_Section):
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="of training's convolutions and matrix products (weights, updates, evaluation: float32); tf32: GPUs only",
+    )
+    cuda_graphs: typing.Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)] = Field(
+        "auto",
+        description="a GPU is told of a client's step once and then starts it with a single launch; changes no bit; auto: with "
+        "the networks of this program; on: also with one of your own, which must draw and decide on the GPU alone",
     )
     memory_fraction: float = Field(
         1.0, gt=0, le=1, description="share of its GPU's memory that a rank may take; for several ranks a GPU"

@@ -76,9 +76,10 @@ class Trainers:
         if min(len(self.all), len(clients)) < 2:
             yield from (train(self.all[0], client, give_up, True) for client in clients)
             return
-        before, stop = generators.states(), threading.Event()
-        pool, left = self._opened(), iter(clients)
         own_stream = _stream_here(self.all[0])
+        gpus, stop = own_stream is not None, threading.Event()
+        before = generators.states(gpus)
+        pool, left = self._opened(), iter(clients)
 
         def one(client: int) -> LocalResult:
             trainer = self._free.get()
@@ -103,7 +104,7 @@ class Trainers:
                 result = futures[0].result()
                 futures.popleft()
                 futures.extend(pool.submit(one, client) for client in islice(left, 1))
-                if not futures and generators.states() != before:
+                if not futures and generators.states(gpus) != before:
                     raise InputError(SHARED_GENERATORS.format(len(self.all)))
                 yield result
         finally:

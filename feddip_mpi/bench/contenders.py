@@ -130,9 +130,10 @@ class ByExchange:
         exchange = Exchange(comm, self.task, None, meter.phase)
         with meter.phase("encode"):
             for client, update in desk.work.items():
-                payload += rounds.encode_and_send(
+                sent, _ = rounds.encode_and_send(
                     exchange, self.task, self._policy, desk.options.seed, held, client, update
                 )
+                payload += sent
         with meter.phase("wait"):
             exchange.close()
             comm.check(None)

@@ -13,10 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_MATPLOTLIB = ROOT / "tests" / "mpi" / "programs" / "no_matplotlib"
+DEVICE = os.environ.get("FEDDIP_TEST_DEVICE", "cpu")  # cuda: the same tests on a GPU
 TINY = (
     "rounds=4", "clients=4", "participants=2", "local_epochs=1", "batch_size=20", "mask.every=2", "upload.regrow=0.1",
     "checkpoint.every=2", "data.name=synthetic", "data.synthetic.train_samples=160",
-    "data.synthetic.test_samples=90", "eval.batch_size=40", "device=cpu",
+    "data.synthetic.test_samples=90", "eval.batch_size=40", f"device={DEVICE}",
 )  # fmt: skip
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 BASE = {
     "rounds": 5, "clients": 8, "participants": 4, "local_epochs": 1, "batch_size": 32, "learning_rate": 0.05,
     "sparsity.initial": 0.5, "sparsity.final": 0.9, "mask.every": 2, "penalty.maximum": 0.001, "penalty.steps": 3,
-    "upload.regrow": 0.1, "eval.batch_size": 32, "checkpoint.every": 2, "device": "cpu",
+    "upload.regrow": 0.1, "eval.batch_size": 32, "checkpoint.every": 2,
+    "device": os.environ.get("FEDDIP_TEST_DEVICE", "cpu"),
     "data.name": "synthetic", "data.synthetic.shape": [1, 12, 12], "data.synthetic.train_samples": 800,
     "data.synthetic.test_samples": 200, "model.name": "lenet5",
 }  # fmt: skip

@@ -184,7 +184,7 @@ def pretended_gpu() -> Iterator[Pretended]:
         patch.setattr(torch, "Generator", Generator)
         for name, instead in (
             ("Stream", Stream), ("stream", mode.on), ("current_stream", lambda device: mode.here.stream),
-            ("set_device", mode.choose),
+            ("set_device", mode.choose), ("mem_get_info", lambda device: (2**20, 2**20)),
         ):  # fmt: skip
             patch.setattr(torch.cuda, name, instead)
         patch.setattr(Tensor, "record_stream", lambda tensor, stream: mode.record(tensor, stream))

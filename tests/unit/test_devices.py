@@ -54,7 +54,7 @@ def run(device: torch.device, **values: Any) -> list[Any]:
     names = ("train_loss", "test_loss", "test_accuracy_top5", "upload_bytes", "pruning_error", "residual_norm")
     return [
         *(x.cpu().numpy().tobytes() for x in (server.weights, server.mask, *state.memories.values())),
-        *(residual.values.numpy().tobytes() for _, residual in held),
+        *(residual.values.cpu().numpy().tobytes() for _, residual in held),
         [record[name] for record in records for name in names],
         built.method.facts(server.mask),
     ]

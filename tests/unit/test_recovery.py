@@ -74,7 +74,8 @@ def test_residuals_come_from_the_checkpoint_and_newer_ones_are_lost(tmp_path: Pa
         client: max(r["round"] for r in history if client in r["participants"]) for client in dead if client in late
     }
     assert after.residuals_lost == len(losses.residuals) > 0 and not losses.owed
-    assert all(after.held[client] is kept[client] for client in kept)
+    assert all(after.held[client].values.data_ptr() == kept[client].values.data_ptr() for client in kept)
+    assert all(after.held[client].round == kept[client].round for client in kept)
     assert after.holders == [0] * 12 and state.holders.count(NOBODY) == len(dead), "the state before is as it was"
     record = rounds.play(built, after, plan_round(built.config, DONE))
     assert record["residuals_lost"] == len(losses.residuals) and after.residuals_lost == 0
