@@ -7,8 +7,8 @@ What has been run so far counts; the same command again takes up what has finish
 `<!-- study -->` and `<!-- end study -->` in README.md and docs/results/study.md, and docs/results/study/: the report's
 overview, accuracy by round for each partition and sparsity, its summary.csv, and runs.jsonl with what all that is made
 from. Runs that stand there are counted with those of the folders, so that a study can grow where the folders of its first
-runs are gone; of a run that is in both, the folder's counts. `--short` writes every evaluation of short runs into
-docs/results/study/cifar-short.csv instead, whatever they train.
+runs are gone; of a run that is in both, the folder's counts. `--evaluations NAME` writes every evaluation of some runs
+into docs/results/study/NAME.csv instead, whatever they train.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of the sweep; none: from runs.jsonl alone")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs lie")
-    parser.add_argument("--short", action="store_true", help="write cifar-short.csv and nothing else")
+    parser.add_argument("--evaluations", metavar="NAME", help="write NAME.csv and nothing else")
     arguments = parser.parse_args(words)
-    if arguments.short and not arguments.runs:
-        parser.error("--short: name the folders of the short runs")
+    if arguments.evaluations and not arguments.runs:
+        parser.error("--evaluations: name the folders of the runs")
     found = runs.find(arguments.runs) if arguments.runs else Found()
-    if arguments.short:
-        hdf5.write_text(arguments.root / "docs" / "results" / "study" / "cifar-short.csv", evaluations(found.runs))
+    if arguments.evaluations:
+        path = arguments.root / "docs" / "results" / "study" / f"{arguments.evaluations}.csv"
+        hdf5.write_text(path, evaluations(found.runs))
         return
     root, folder = arguments.root, arguments.root / "docs" / "results" / "study"
     folder.mkdir(parents=True, exist_ok=True)

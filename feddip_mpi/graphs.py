@@ -99,4 +99,7 @@ def capture(
     # Other threads, which save or send meanwhile, may wait for the GPU.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
         work()
+    # Capturing sets what the generators' graphs read (seed, offset) on a stream of its own, which nobody waits for: on a busy
+    # GPU that came after what the first start had set, and the same random numbers were drawn twice.
+    torch.cuda.synchronize()
     return graph.replay, graph.pool()

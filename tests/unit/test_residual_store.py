@@ -8,10 +8,11 @@ import torch
 from alone import Alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended import GPU, pretended_gpu
 
 from feddip_mpi import config, deadlines, session
 from feddip_mpi.errors import FeddipError, InputError
-from feddip_mpi.residual_store import ResidualStore
+from feddip_mpi.residual_store import ResidualStore, device_budget
 from feddip_mpi.residuals import Residual, remember
 from feddip_mpi.settings import UploadConfig
 from feddip_mpi.support import Support
@@ -145,3 +146,35 @@ def test_a_folder_that_is_not_there_is_found_before_the_first_round(tmp_path: Pa
         chosen = config.validate({"upload": {"residual_folder": str(tmp_path / name)}, "device": "cpu"})
         with pytest.raises(InputError, match=f"upload.residual_folder: got '.*{name}', which is no folder"):
             session._build_to_train(Alone(), chosen, deadlines.Watchdog(None, 0, lambda *_: None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_residuals_stay_on_the_gpu_while_there_is_room(tmp_path: Path, half: bool) -> None:
+    size = BYTES // 2 if half else BYTES
+    given = [(rounded if half else residual)(number) for number in range(9)]
+    with pretended_gpu():
+        store = ResidualStore(2 * size, str(tmp_path), half, device_budget=3 * size)
+        for client, each in enumerate(given):
+            store[client] = Residual(each.values.to(GPU), each.round)
+            assert store.device_bytes == size * min(client + 1, 3)
+        copy = store.copy()
+        assert (store.device_bytes, store.memory_bytes, store.file_bytes) == (3 * size, 2 * size, 4 * size)
+        for client, each in enumerate(given):  # those stored longest ago lie furthest away
+            found = store[client]
+            assert found.values.device == (GPU if client >= 6 else torch.device("cpu"))
+            assert same(Residual(found.values.cpu(), found.round), each)
+        del store[7]
+        assert store.device_bytes == 3 * size, "the copy has it"
+        del copy[7]
+        assert store.device_bytes == 2 * size
+        store[0] = given[0]  # from the host, as a resumed run has it: it stays there
+        assert store.device_bytes == 2 * size and store[0].values.device.type == "cpu"
+
+
+def test_the_gpus_share_follows_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60_000, 80_000))
+    assert device_budget(config.parse(""), GPU) == 7_500
+    assert device_budget(config.parse("memory_fraction: 0.5"), GPU) == 5_000
+    assert device_budget(config.parse("upload: {residual_device_memory: 3}"), GPU) == 3 * 2**20
+    assert device_budget(config.parse("upload: {residual_device_memory: 0}"), GPU) == 0
+    assert device_budget(config.parse("upload: {residual_device_memory: 3}"), torch.device("cpu")) == 0

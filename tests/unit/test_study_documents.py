@@ -100,14 +100,14 @@ def test_a_study_grows_where_its_first_runs_are_gone(script: ModuleType, tmp_pat
 def test_short_runs_have_to_be_named(script: ModuleType, tmp_path: Path) -> None:
     """Without them the file would be emptied."""
     with pytest.raises(SystemExit) as caught:
-        script.main(["--short", "--root", str(tmp_path)])
+        script.main(["--evaluations", "x", "--root", str(tmp_path)])
     assert caught.value.code == 2 and not list(tmp_path.iterdir())
 
 
 def test_short_runs_are_listed_evaluation_by_evaluation(script: ModuleType, tmp_path: Path) -> None:
     runs = made_runs.study(tmp_path / "runs")
     (tmp_path / "docs" / "results" / "study").mkdir(parents=True)
-    script.main([str(runs), "--root", str(tmp_path), "--short"])
+    script.main([str(runs), "--root", str(tmp_path), "--evaluations", "cifar-short"])
     with (tmp_path / "docs" / "results" / "study" / "cifar-short.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     first = [row for row in rows if (row["method"], row["seed"]) == ("fedavg", "2")]
