@@ -96,10 +96,11 @@ def capture(
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
+    torch.cuda.synchronize()
     # Other threads, which save or send meanwhile, may wait for the GPU.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
         work()
-    # Capturing sets what the generators' graphs read (seed, offset) on a stream of its own, which nobody waits for: on a busy
-    # GPU that came after what the first start had set, and the same random numbers were drawn twice.
+    # Capturing sets what recorded generators read (seed, and offset 0) on its own stream, for which torch does not wait: on a
+    # busy GPU that could come after the first start had set its offset, and the same random numbers were drawn twice.
     torch.cuda.synchronize()
     return graph.replay, graph.pool()
