@@ -92,8 +92,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     # A model by import path may flatten its features with `view`, which takes contiguous ones only.
     channels_last = device.type == "cpu" and config.model.name in models.NAMES
     train_data, test_data = place(dataset, device, channels_last)
-    own = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and config.model.name in models.NAMES)
-    record, rule = own and device.type == "cuda", method.local_rule()
+    record, rule = _records_steps(config, device), method.local_rule()
     return Federation(
         config=config,
         comm=comm,
@@ -106,12 +105,23 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
         layout=layout,
         bound=bound,
         trainers=Trainers(
-            [LocalTrainer(each, train_data, rule, method.hook(each), record) for each in (bound, *more)],
+            # The first trains what trains alone, which alone is recorded.
+            [
+                LocalTrainer(each, train_data, rule, method.hook(each), record and each is bound)
+                for each in (bound, *more)
+            ],
             config.threads,
         ),
         initial=initial,
         method=method,
     )
+
+
+def _records_steps(config: Config, device: torch.device) -> bool:
+    """Whether this rank's steps become CUDA graphs; on AMD's GPUs, on which nobody has tried that, only if asked for."""
+    if device.type != "cuda" or config.cuda_graphs == "off":
+        return False
+    return config.cuda_graphs == "on" or (config.model.name in models.NAMES and torch.version.hip is None)
 
 
 def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.nn.Module, Layout]:

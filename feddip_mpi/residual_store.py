@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import BinaryIO
 
 import numpy as np
@@ -27,7 +27,7 @@ class _Entry:
 
     def __init__(self, space: _Space, residual: Residual) -> None:
         self.space, self.round, self.slot = space, residual.round, -1
-        values = residual.values
+        values, self.device_bytes = residual.values, 0
         # On a GPU, in memory as it would lie in the file, or (None) in the file.
         self.kept: Tensor | np.ndarray | None = values.to(torch.bfloat16) if space.half else values
         if values.device.type == "cpu":
@@ -62,9 +62,10 @@ class _Space:
         file_bytes: size of the file.
     """
 
-    def __init__(self, budget: int, folder: str | None, half: bool, device_budget: int) -> None:
+    def __init__(self, budget: int, folder: str | None, half: bool, device_budget: Callable[[], int]) -> None:
         self.half, self.device_bytes, self.memory_bytes, self.file_bytes = half, 0, 0, 0
-        self._budget, self._folder, self._device_budget = budget, folder, device_budget
+        self._budget, self._folder = budget, folder
+        self._ask_device_budget, self._device_budget = device_budget, -1
         self._on_device: dict[int, weakref.ref[_Entry]] = {}  # by identity, oldest first
         self._in_memory: dict[int, weakref.ref[_Entry]] = {}
         self._file: BinaryIO | None = None
@@ -76,13 +77,16 @@ class _Space:
         if not isinstance(entry.kept, Tensor):
             self._add_here(entry)
             return
+        if self._device_budget < 0:  # now a client has trained, and what that takes is taken
+            self._device_budget = self._ask_device_budget()
         self._on_device[id(entry)] = weakref.ref(entry)
-        self.device_bytes += entry.kept.nbytes
+        entry.device_bytes = entry.kept.untyped_storage().nbytes()  # that of the update, of which a residual is a part
+        self.device_bytes += entry.device_bytes
         while self.device_bytes > self._device_budget:
             oldest = next(iter(self._on_device.values()))()
-            assert oldest is not None and isinstance(oldest.kept, Tensor)
+            assert oldest is not None
             del self._on_device[id(oldest)]
-            self.device_bytes -= oldest.kept.nbytes
+            self.device_bytes -= oldest.device_bytes
             oldest.leave_device()
             self._add_here(oldest)
 
@@ -96,8 +100,7 @@ class _Space:
 
     def forget(self, entry: _Entry) -> None:
         if self._on_device.pop(id(entry), None) is not None:
-            assert isinstance(entry.kept, Tensor)
-            self.device_bytes -= entry.kept.nbytes
+            self.device_bytes -= entry.device_bytes
         elif self._in_memory.pop(id(entry), None) is not None:
             self.memory_bytes -= entry.values.nbytes
         elif entry.slot >= 0:
@@ -179,7 +182,13 @@ def require_folder(policy: UploadConfig) -> None:
 class ResidualStore(MutableMapping[int, Residual]):
     """This rank's residuals by client. A residual that is read may be the stored one and is not to be changed."""
 
-    def __init__(self, budget: int, folder: str | None = None, half: bool = False, device_budget: int = 0) -> None:
+    def __init__(
+        self,
+        budget: int,
+        folder: str | None = None,
+        half: bool = False,
+        device_budget: Callable[[], int] = lambda: 0,
+    ) -> None:
         """An empty store.
 
         Args:
@@ -187,13 +196,13 @@ class ResidualStore(MutableMapping[int, Residual]):
             folder: where the file is made when it is needed (it has no name, and goes with the process); None: the
                 system's folder for temporary files.
             half: two bytes a value, for values that are rounded to bfloat16 already.
-            device_budget: bytes of values that may stay on the GPU on which they are stored.
+            device_budget: tells how many bytes may stay on the GPU on which they are stored; asked when the first one is.
         """
         self._space = _Space(budget, folder, half, device_budget)
         self._entries: dict[int, _Entry] = {}
 
     @classmethod
-    def of(cls, policy: UploadConfig, device_budget: int = 0) -> ResidualStore:
+    def of(cls, policy: UploadConfig, device_budget: Callable[[], int] = lambda: 0) -> ResidualStore:
         """The store that a configuration asks for."""
         half = policy.residual_values == "bf16"
         return cls(policy.residual_memory * 2**20, policy.residual_folder, half, device_budget)

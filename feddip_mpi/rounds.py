@@ -108,7 +108,7 @@ def initial_state(federation: Federation, life: Life | None = None) -> State:
     reference = torch.zeros_like(weights[: layout.prunable]) if config.upload.residual == "ef21" else None
     return State(
         Server.of(0, weights, mask),
-        ResidualStore.of(config.upload, device_budget(config, federation.device)),
+        ResidualStore.of(config.upload, lambda: device_budget(config, federation.device)),
         holders,
         reference,
         memories=method.begin_memories(weights, mask),

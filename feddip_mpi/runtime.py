@@ -309,7 +309,8 @@ def peak_memory(device: torch.device | None = None) -> tuple[int, int]:
         return host, 0
     import torch
 
-    return host, int(torch.cuda.max_memory_allocated(device))
+    # What torch took of the GPU, not only what tensors took of that: recorded steps keep theirs between two batches.
+    return host, int(torch.cuda.max_memory_reserved(device))
 
 
 def _peak_resident() -> int:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -96,7 +97,7 @@ class FolderSaver:
             for client, residual in residuals:
                 size = residual.values.numel() * residual.values.element_size()
                 if size <= room:
-                    kept.append((client, residual))
+                    kept.append((client, replace(residual, values=residual.values.cpu())))
                     room -= size
                 else:
                     checkpoint.add_residual(draft, client, residual)

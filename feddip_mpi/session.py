@@ -337,7 +337,7 @@ def _restore(
         kind = built.config.upload.values
         memories["owed"] = own_part(memories["owed"], srv.support, layout.size, comm.size, comm.rank, kind)
     holders = rounds.initial_holders(built.config.clients, comm.size)
-    held = ResidualStore.of(built.config.upload, device_budget(built.config, built.device))
+    held = ResidualStore.of(built.config.upload, lambda: device_budget(built.config, built.device))
     stored = checkpoint.read_residuals(loaded.path) if loaded else None
     recovery.hand_out(comm, dict(left), holders, stored, held, progress)
     assert srv.weights.numel() == layout.size

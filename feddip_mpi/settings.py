@@ -186,7 +186,8 @@ class UploadConfig(_Section):
         None,
         ge=0,
         le=2**30,
-        description="megabytes of residuals a rank keeps on its GPU before any go to memory; none: an eighth of what is free",
+        description="megabytes of residuals a rank keeps on its GPU before any go to memory; none: an eighth of what "
+        "is free after the first client",
     )
     residual_folder: str | None = Field(
         None, description="where that file lies; none: the system's folder for temporary files ($TMPDIR)"

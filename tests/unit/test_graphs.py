@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from feddip_mpi import graphs
+from feddip_mpi import config, federation, graphs
 from feddip_mpi.errors import InputError
 from feddip_mpi.local import DeviceData, LocalRule, LocalTrainer
 from feddip_mpi.models.dropout import Dropout
@@ -76,6 +76,43 @@ def test_what_cannot_be_recorded_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         "allowed: a network whose forward pass neither waits for the GPU nor decides by values, and room on the GPU; or "
         "`resume` with cuda_graphs=off, which changes no bit"
     )
+
+
+def test_without_memory_for_more_it_goes_on_with_what_it_has(
+    recordings: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, out, capture = graphs.Recorder(), [], graphs.capture
+
+    def full(*arguments: Any) -> Any:
+        if recordings:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return capture(*arguments)
+
+    monkeypatch.setattr(graphs, "capture", full)
+    for number in range(30):
+        recorder.run(number % 3, [torch.tensor(number)], lambda x: out.append(int(x)))
+    assert out == list(range(30)) and recorder.recorded == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "cuda_graphs: the GPU has no memory to record more steps (recorded: 1)"
+    ]
+
+
+def test_recordings_have_a_limit(recordings: list[tuple[Any, ...]]) -> None:
+    recorder, out = graphs.Recorder(), []
+    for number in range(400):
+        recorder.run(number % 40, [torch.tensor(number)], lambda x: out.append(int(x)))
+    assert out == list(range(400)) and recorder.recorded == len(recordings) == 16
+
+
+@pytest.mark.parametrize(("name", "graphs_", "recorded"), [
+    ("lenet5", "auto", True), ("lenet5", "off", False), ("own:Net", "auto", False), ("own:Net", "on", True),
+])  # fmt: skip
+def test_which_networks_are_recorded(name: str, graphs_: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = config.validate({"model": {"name": name}, "cuda_graphs": graphs_})
+    assert federation._records_steps(chosen, torch.device("cuda", 0)) == recorded
+    assert not federation._records_steps(chosen, CPU)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert federation._records_steps(chosen, torch.device("cuda", 0)) == (graphs_ == "on")
 
 
 class Net(nn.Module):

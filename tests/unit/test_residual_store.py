@@ -153,7 +153,7 @@ def test_residuals_stay_on_the_gpu_while_there_is_room(tmp_path: Path, half: boo
     size = BYTES // 2 if half else BYTES
     given = [(rounded if half else residual)(number) for number in range(9)]
     with pretended_gpu():
-        store = ResidualStore(2 * size, str(tmp_path), half, device_budget=3 * size)
+        store = ResidualStore(2 * size, str(tmp_path), half, device_budget=lambda: 3 * size)
         for client, each in enumerate(given):
             store[client] = Residual(each.values.to(GPU), each.round)
             assert store.device_bytes == size * min(client + 1, 3)
