@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from watch import mpirun
 
 from feddip_mpi import collectives, config, federation, methods, rounds, runtime, session, staging
-from feddip_mpi.local import DeviceData, LocalTrainer
+from feddip_mpi.batches import DeviceData
+from feddip_mpi.local import LocalTrainer
 from feddip_mpi.schedules import plan_round
 from feddip_mpi.vector import BoundModel, flatten
 

@@ -23,7 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from feddip_mpi import config, federation, masks, methods, runtime
-from feddip_mpi.local import DeviceData, LocalTrainer
+from feddip_mpi.batches import DeviceData
+from feddip_mpi.local import LocalTrainer
 from feddip_mpi.models import fused
 from feddip_mpi.vector import BoundModel, flatten
 

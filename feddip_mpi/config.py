@@ -25,10 +25,9 @@ from feddip_mpi.settings import LARGEST, PUBLISHED_PENALTY, Config
 RESUMABLE_KEYS = (
     "rounds", "exchange", "overlap", "balance", "network.latency", "network.bandwidth", "data.path", "eval.every",
     "eval.clients", "eval.overlap", "upload.residual_memory", "upload.residual_device_memory", "upload.residual_folder",
-    "checkpoint.every", "checkpoint.keep",
-    "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device", "clients_at_once", "cuda_graphs",
-    "memory_fraction",
-    "stop_grace", "watchdog", "tensorboard", "on_rank_failure", "recovery_timeout",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.minutes", "checkpoint.background", "device",
+    "clients_at_once", "cuda_graphs", "memory_fraction", "stop_grace", "watchdog", "tensorboard", "on_rank_failure",
+    "recovery_timeout",
 )  # fmt: skip
 
 # These change neither a bit of a run's result nor what is measured of it.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feddip_mpi.batches import DeviceData
 from feddip_mpi.errors import Abandoned
-from feddip_mpi.local import DeviceData
 from feddip_mpi.vector import BoundModel
 
 

@@ -14,10 +14,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from feddip_mpi import data, generators, indices, methods, models, runtime
+from feddip_mpi.batches import DeviceData
 from feddip_mpi.collectives import Communicator
 from feddip_mpi.data import partition as partitions
 from feddip_mpi.errors import FeddipError, InputError, PeerError
-from feddip_mpi.local import DeviceData, LocalTrainer
+from feddip_mpi.local import LocalTrainer
 from feddip_mpi.methods.base import Method
 from feddip_mpi.models import trial
 from feddip_mpi.models.dropout import Dropout
@@ -92,7 +93,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     # A model by import path may flatten its features with `view`, which takes contiguous ones only.
     channels_last = device.type == "cpu" and config.model.name in models.NAMES
     train_data, test_data = place(dataset, device, channels_last)
-    record, rule = _records_steps(config, device), method.local_rule()
+    record, rule = _records_steps(config, device, model), method.local_rule()
     return Federation(
         config=config,
         comm=comm,
@@ -117,11 +118,15 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     )
 
 
-def _records_steps(config: Config, device: torch.device) -> bool:
-    """Whether this rank's steps become CUDA graphs; on AMD's GPUs, on which nobody has tried that, only if asked for."""
+def _records_steps(config: Config, device: torch.device, model: torch.nn.Module) -> bool:
+    """Whether this rank's steps become CUDA graphs: if asked for, and where that was seen to change no bit.
+
+    Not seen on AMD's GPUs, nor, since what went wrong there was mended, with dropout (docs/results/performance.md, "GPUs").
+    """
     if device.type != "cuda" or config.cuda_graphs == "off":
         return False
-    return config.cuda_graphs == "on" or (config.model.name in models.NAMES and torch.version.hip is None)
+    seen = torch.version.hip is None and not any(isinstance(module, Dropout) for module in model.modules())
+    return config.cuda_graphs == "on" or (config.model.name in models.NAMES and seen)
 
 
 def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.nn.Module, Layout]:

@@ -10,20 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddip_mpi import generators
+from feddip_mpi import descent, generators
+from feddip_mpi.batches import Batches, DeviceData, batch_bounds
 from feddip_mpi.data import augment
 from feddip_mpi.errors import Abandoned, InputError
 from feddip_mpi.graphs import Recorder
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.streams import stream, torch_seed
-from feddip_mpi.vector import BoundModel, Layout
-
-# A client's images are normalised once a round where they take no more than this as float32.
-_NORMALISED_BYTES = 2**26
-
-
-# So many floats, 1 MB, stay in a core's second-level cache.
-_PIECE = 1 << 18
+from feddip_mpi.vector import BoundModel
 
 
 @dataclass(frozen=True)
@@ -51,43 +45,6 @@ class LocalRule:
     proximal: float = 0.0
     augment: str = "none"
     precision: str = "fp32"
-
-
-@dataclass(frozen=True)
-class DeviceData:
-    """A data split on the device.
-
-    Attributes:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
-        mean, std: float32 [1, C, 1, 1] in units of one grey level (0..255).
-        channels_last: whether batches lie in channels-last memory order; otherwise they are contiguous.
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: Tensor
-    std: Tensor
-    channels_last: bool = False
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """uint8 or float [B, C, H, W] as normalised float32, in the memory order of `channels_last`."""
-        order = torch.channels_last if self.channels_last else torch.contiguous_format
-        out = (images.to(torch.float32, memory_format=order) - self.mean) / self.std
-        if self.channels_last and out.shape[1] == 1:
-            # One channel lies the same way in both orders and torch would take it for the other one.
-            _, _, height, width = out.shape
-            out = out.as_strided(out.shape, (height * width, 1, width, 1))
-        return out
-
-    def batch(
-        self, chosen: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Normalised images and labels at int64 `chosen` [B]; augmented by what `augment.draw` gives, if that is given."""
-        images = self.images.index_select(0, chosen)
-        if offsets is not None and flips is not None:
-            images = augment.standard(images, offsets, flips)
-        return self.normalised(images), self.labels.index_select(0, chosen)
 
 
 @dataclass(frozen=True)
@@ -180,7 +137,7 @@ class LocalTrainer:
         for module in bound.model.modules():
             if isinstance(module, Dropout):
                 module.generator = self._generator
-        self._large = bound.vector.device.type == "cpu" and layout.parameters > _PIECE
+        self._large = bound.vector.device.type == "cpu" and layout.parameters > descent.PIECE
         self._rate, self._penalty, self._loss_sum = (self._weights.new_empty(()) for _ in range(3))
         self.recorder = Recorder([self._generator]) if record and hook is None else None
         if self.recorder is not None:
@@ -259,7 +216,7 @@ class LocalTrainer:
         loss, gradients = self._backward(images, labels)
         client.loss_sum.add_(loss, alpha=len(labels))  # the last batch is smaller or, by one image, larger
         if hook is None and self._large:
-            descend_by_pieces(
+            descent.descend_by_pieces(
                 gradients, weights, active, layout, kept, self.rule, client.penalty, client.received, client.rate,
                 self._gradient,
             )  # fmt: skip
@@ -267,10 +224,10 @@ class LocalTrainer:
         torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
         if hook is not None:
             hook.gradient(self._gradient, weights, active, kept, batch)
-        add_regularisation(
+        descent.add_regularisation(
             self._gradient, weights, active, layout, kept, self.rule, client.penalty, client.received[:parameters]
         )
-        _descend(weights, self._gradient, client.rate)
+        descent.descend(weights, self._gradient, client.rate)
         if client.whole:
             return
         if hook is None:
@@ -302,9 +259,7 @@ class LocalTrainer:
         for start, stop in batch_bounds(len(samples), self.rule.batch_size):
             if give_up():
                 raise Abandoned(f"the gradient of client {client} was abandoned")
-            chosen = order[start:stop]
-            images = self.data.normalised(self.data.images.index_select(0, chosen))
-            _, gradients = self._backward(images, self.data.labels.index_select(0, chosen))
+            _, gradients = self._backward(*self.data.batch(order[start:stop]))
             torch.cat([g.reshape(-1) for g in gradients], out=self._gradient)
             total[: layout.parameters].add_(self._gradient, alpha=(stop - start) / len(samples))
             bound.vector[layout.parameters :] = weights[layout.parameters :]
@@ -330,7 +285,7 @@ class LocalTrainer:
         gradients = torch.autograd.grad(loss, self.bound.parameters, allow_unused=True, materialize_grads=True)
         return loss.detach(), gradients
 
-    def _batches(self, samples: np.ndarray, round: int, client: int, ready: bool = True) -> _Batches:
+    def _batches(self, samples: np.ndarray, round: int, client: int, ready: bool = True) -> Batches:
         rule, device = self.rule, self.data.images.device
         order_stream = stream(rule.seed, "batches", round, client)
         # Places among the client's images: the same draws as a permutation of the images themselves.
@@ -345,170 +300,4 @@ class LocalTrainer:
             for start, stop in batch_bounds(len(samples), rule.batch_size)
         ]
         own = torch.from_numpy(samples).to(device)
-        return _Batches(self.data, own, torch.from_numpy(order).to(device), bounds, crops, ready)
-
-
-class _Batches:
-    """The batches of one client's round as gathers on the device.
-
-    Images that are not augmented are normalised once for the round, if the client has few enough, and not in each epoch.
-    """
-
-    def __init__(
-        self,
-        data: DeviceData,
-        samples: Tensor,
-        order: Tensor,
-        bounds: list[tuple[int, int]],
-        crops: tuple[Tensor, Tensor] | None,
-        ready: bool = True,
-    ) -> None:
-        """Prepare.
-
-        Args:
-            data: the training split.
-            samples: int64, the client's indices into it.
-            order: int64, places in `samples`, all epochs in a row.
-            bounds: where each batch begins and ends in `order`.
-            crops: offsets and flips for each of `order` (`augment.draw`), or none.
-            ready: normalise now what is not augmented, for `gathered`.
-        """
-        self._data, self._order, self._bounds, self._crops = data, samples.index_select(0, order), bounds, crops
-        self._places, self._ready = order, None
-        if ready and crops is None and 4 * samples.numel() * data.images[0].numel() <= _NORMALISED_BYTES:
-            # Height, width, channels: a gather of these keeps either memory order.
-            all_of_them = data.normalised(data.images.index_select(0, samples))
-            self._ready = all_of_them.permute(0, 2, 3, 1) if data.channels_last else all_of_them
-
-    def __len__(self) -> int:
-        return len(self._bounds)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self.gathered(batch) for batch in range(len(self)))
-
-    def places(self, batch: int) -> tuple[Tensor, ...]:
-        """What `DeviceData.batch` makes a batch of: where its images are, and how they are cropped and flipped."""
-        start, stop = self._bounds[batch]
-        return tuple(each[start:stop] for each in (self._order, *(self._crops or ())))
-
-    def gathered(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of a batch."""
-        if self._ready is None:
-            return self._data.batch(*self.places(batch))
-        start, stop = self._bounds[batch]
-        images = self._ready.index_select(0, self._places[start:stop])
-        labels = self._data.labels.index_select(0, self._order[start:stop])
-        return images.permute(0, 3, 1, 2) if self._data.channels_last else images, labels
-
-
-def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
-    """Where the batches of one epoch begin and end.
-
-    A last batch of a single image joins the one before it: batch normalisation has no statistics of one image.
-    """
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] == 1:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], count], strict=True))
-
-
-def add_regularisation(
-    gradient: Tensor, weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule,
-    penalty: float | Tensor, received: Tensor,
-) -> None:  # fmt: skip
-    """Turn the loss gradient into the step direction g + mu * w, in place.
-
-    Args:
-        gradient: float [parameters], gradient of the loss at the pruned weights, for all coordinates.
-        weights: float [parameters], the dense local weights w.
-        active: float [n], the pruned weights m*w (and the rest).
-        kept: mask as float [P].
-        penalty: lambda_t, as a number or float32 []; its term is lambda_t * sum over prunable tensors of their norm at the
-            pruned weights.
-        received: float [parameters].
-    """
-    prunable = layout.prunable
-    if isinstance(penalty, Tensor) or penalty:
-        _add_penalty_gradient(gradient, active, layout, penalty, rule.penalty_norm)
-    if not rule.feedback:
-        gradient[:prunable].mul_(kept)
-    _add_the_rest(gradient, weights, rule, received)
-
-
-def _descend(weights: Tensor, direction: Tensor, rate: float | Tensor) -> None:
-    """w <- w - eta * direction, in place."""
-    if isinstance(rate, Tensor):
-        weights.addcmul_(direction, rate, value=-1)
-    else:
-        weights.add_(direction, alpha=-rate)
-
-
-def _add_the_rest(gradient: Tensor, weights: Tensor, rule: LocalRule, received: Tensor) -> None:
-    if rule.proximal:
-        gradient.add_(weights, alpha=rule.proximal).sub_(received, alpha=rule.proximal)
-    if rule.weight_decay:
-        gradient.add_(weights, alpha=rule.weight_decay)
-
-
-def _add_penalty_gradient(gradient: Tensor, active: Tensor, layout: Layout, penalty: float | Tensor, norm: str) -> None:
-    # One tensor at a time, but no value returns to the host.
-    prunable = layout.prunable
-    targets = layout.views(gradient[:prunable])
-    for target, values in zip(targets, layout.views(active[:prunable]), strict=True):
-        _add_penalty(target, values, _penalty_scale(values, penalty, norm), norm)
-
-
-def _penalty_scale(values: Tensor, penalty: float | Tensor, norm: str) -> Tensor | float:
-    """What the gradient of a tensor's penalty is in units of its pruned weights `values` (l1: of their signs)."""
-    if norm != "l2":
-        return penalty if norm == "l1" else 2 * penalty
-    length = torch.linalg.vector_norm(values)  # lambda * w / ||w||, and 0 where the norm is 0
-    # Not a quotient, which is rounded once where the penalty is a tensor and twice where it is a number.
-    return torch.where(length > 0, length.reciprocal() * penalty, torch.zeros_like(length))
-
-
-def _add_penalty(target: Tensor, values: Tensor, scale: Tensor | float, norm: str) -> None:
-    """Add the penalty's gradient to that of (a part of) a tensor, in place."""
-    direction = values.sign() if norm == "l1" else values
-    if isinstance(scale, Tensor):
-        target.addcmul_(direction, scale)
-    else:
-        target.add_(direction, alpha=scale)
-
-
-def descend_by_pieces(
-    gradients: Sequence[Tensor], weights: Tensor, active: Tensor, layout: Layout, kept: Tensor, rule: LocalRule,
-    penalty: float | Tensor, received: Tensor, learning_rate: float | Tensor, scratch: Tensor,
-) -> None:  # fmt: skip
-    """w <- w - eta (g + mu w) and the pruned weights after it, to the bits of the same passes over the whole vectors.
-
-    Piece by piece, so that each value comes from memory once and not with every operation: the passes over 93 MB are
-    a fifth of AlexNet's step.
-
-    Args:
-        gradients: of the loss at the pruned weights, one for each parameter in flat order; not changed.
-        active: also the vector that `weights` is, where nothing is pruned.
-        scratch: float32, at least a piece; overwritten.
-        The others as in `add_regularisation`.
-    """
-    for index, (gradient, start) in enumerate(zip(gradients, layout.offsets, strict=False)):
-        flat, prunable = gradient.reshape(-1), index < layout.prunable_tensors
-        whole = slice(start, start + flat.numel())
-        penalised = prunable and (isinstance(penalty, Tensor) or penalty)
-        scale = _penalty_scale(active[whole], penalty, rule.penalty_norm) if penalised else None
-        for first in range(0, flat.numel(), _PIECE):
-            part = flat[first : first + _PIECE]
-            here = slice(start + first, start + first + part.numel())
-            g, w, a = scratch[: part.numel()].copy_(part), weights[here], active[here]
-            if scale is not None:
-                _add_penalty(g, a, scale, rule.penalty_norm)
-            if prunable and not rule.feedback:
-                g.mul_(kept[here])
-            _add_the_rest(g, w, rule, received[here])
-            _descend(w, g, learning_rate)
-            if w.data_ptr() == a.data_ptr():
-                continue
-            if prunable:
-                torch.mul(w, kept[here], out=a)
-            else:
-                a.copy_(w)
+        return Batches(self.data, own, torch.from_numpy(order).to(device), bounds, crops, ready)

@@ -10,8 +10,8 @@ from alone import Alone
 from torch import Tensor, nn
 
 from feddip_mpi import config, evaluate, reevaluate, session
+from feddip_mpi.batches import DeviceData
 from feddip_mpi.errors import InputError
-from feddip_mpi.local import DeviceData
 from feddip_mpi.settings import Config
 from feddip_mpi.vector import BoundModel, Layout
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from feddip_mpi import config, federation, graphs
+from feddip_mpi import config, federation, graphs, models
+from feddip_mpi.batches import DeviceData
 from feddip_mpi.errors import InputError
-from feddip_mpi.local import DeviceData, LocalRule, LocalTrainer
+from feddip_mpi.local import LocalHook, LocalRule, LocalTrainer
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.vector import BoundModel, Layout, flatten
 
@@ -106,13 +107,15 @@ def test_recordings_have_a_limit(recordings: list[tuple[Any, ...]]) -> None:
 
 @pytest.mark.parametrize(("name", "graphs_", "recorded"), [
     ("lenet5", "auto", True), ("lenet5", "off", False), ("own:Net", "auto", False), ("own:Net", "on", True),
+    ("alexnet", "auto", False), ("alexnet", "on", True),
 ])  # fmt: skip
 def test_which_networks_are_recorded(name: str, graphs_: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = config.validate({"model": {"name": name}, "cuda_graphs": graphs_})
-    assert federation._records_steps(chosen, torch.device("cuda", 0)) == recorded
-    assert not federation._records_steps(chosen, CPU)
+    model = models.create(name, 1, (32, 32), 10) if name in models.NAMES else nn.Linear(2, 2)
+    assert federation._records_steps(chosen, torch.device("cuda", 0), model) == recorded
+    assert not federation._records_steps(chosen, CPU, model)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert federation._records_steps(chosen, torch.device("cuda", 0)) == (graphs_ == "on")
+    assert federation._records_steps(chosen, torch.device("cuda", 0), model) == (graphs_ == "on")
 
 
 class Net(nn.Module):
@@ -179,8 +182,6 @@ def test_a_client_that_trains_beside_others_is_not_recorded(recordings: list[tup
 
 
 def test_a_hook_is_never_recorded() -> None:
-    from feddip_mpi.local import LocalHook
-
     model = Net()
     bound = BoundModel(model, Layout.of(model, ("conv.weight", "out.weight")), CPU)
     assert LocalTrainer(bound, trainer(RULE, False).data, RULE, LocalHook(), record=True).recorder is None

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from feddip_mpi import local as local_module
+from feddip_mpi import descent
+from feddip_mpi.batches import DeviceData, batch_bounds
 from feddip_mpi.errors import InputError
-from feddip_mpi.local import DeviceData, LocalRule, LocalTrainer, batch_bounds
+from feddip_mpi.local import LocalRule, LocalTrainer
 from feddip_mpi.server import pruned
 from feddip_mpi.streams import stream
 from feddip_mpi.vector import BoundModel, Layout, flatten
@@ -182,7 +183,7 @@ def test_a_step_by_pieces_changes_no_bit(
         mask[:] = True
     received = pruned(flatten(*small()), mask)
     at_once = trainer(this).train(received, mask, SAMPLES, 0.2, 0.1, 4, 2)
-    monkeypatch.setattr(local_module, "_PIECE", 7)
+    monkeypatch.setattr(descent, "PIECE", 7)
     by_pieces = trainer(this)
     assert by_pieces._large
     assert torch.equal(by_pieces.train(received, mask, SAMPLES, 0.2, 0.1, 4, 2).update, at_once.update)
