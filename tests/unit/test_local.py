@@ -353,7 +353,7 @@ def test_normalising_once_a_round_changes_no_bit(
 ) -> None:
     updates = []
     for limit in (0, 10**9):
-        monkeypatch.setattr("feddip_mpi.local._NORMALISED_BYTES", limit)
+        monkeypatch.setattr("feddip_mpi.batches._NORMALISED_BYTES", limit)
         model, layout = small()
         own = replace(data(), channels_last=channels_last)
         local = LocalTrainer(BoundModel(model, layout, torch.device("cpu")), own, rule(augment=augment))
