@@ -150,7 +150,7 @@ def whole_rounds(device: torch.device, count: int) -> dict:
         (("lenet5", "fp32"), ("alexnet", "tf32"), ("resnet18", "bf16")) if gpu else (("lenet5", "fp32"),)
     ):
         source, (_, shape, classes) = next((s, d) for s, d in PUBLISHED.items() if s.endswith(name))
-        for graphs in ("off", "auto") if gpu else ("off",):
+        for graphs in ("off", "on") if gpu else ("off",):
             settings = config.load(f"configs/{source}.yaml", [
                 f"device={device.type}", f"precision={precision}", f"cuda_graphs={graphs}", "data.name=synthetic",
                 f"data.synthetic.shape={list(shape)}", f"data.synthetic.classes={classes}", f"eval.every={count}",

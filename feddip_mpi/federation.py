@@ -93,7 +93,7 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     # A model by import path may flatten its features with `view`, which takes contiguous ones only.
     channels_last = device.type == "cpu" and config.model.name in models.NAMES
     train_data, test_data = place(dataset, device, channels_last)
-    record, rule = _records_steps(config, device, model), method.local_rule()
+    record, rule = _records_steps(config, device), method.local_rule()
     return Federation(
         config=config,
         comm=comm,
@@ -118,15 +118,15 @@ def build(config: Config, comm: Communicator, device: torch.device) -> Federatio
     )
 
 
-def _records_steps(config: Config, device: torch.device, model: torch.nn.Module) -> bool:
+def _records_steps(config: Config, device: torch.device) -> bool:
     """Whether this rank's steps become CUDA graphs: if asked for, and where that was seen to change no bit.
 
-    Not seen on AMD's GPUs, nor, since what went wrong there was mended, with dropout (docs/results/performance.md, "GPUs").
+    Not seen on AMD's GPUs, nor with networks of the user's own (docs/results/performance.md, "GPUs").
     """
     if device.type != "cuda" or config.cuda_graphs == "off":
         return False
-    seen = torch.version.hip is None and not any(isinstance(module, Dropout) for module in model.modules())
-    return config.cuda_graphs == "on" or (config.model.name in models.NAMES and seen)
+    seen = config.model.name in models.NAMES and torch.version.hip is None
+    return config.cuda_graphs == "on" or seen
 
 
 def build_model(config: Config, input_shape: Any, classes: int) -> tuple[torch.nn.Module, Layout]:

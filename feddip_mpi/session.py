@@ -361,15 +361,26 @@ def check_same(built: Federation, loaded: Loaded) -> None:
     checkpoint.check_model(loaded, built.layout)
 
 
+def _cautions(built: Federation) -> list[str]:
+    """What this run does in a way that its user will hardly want; it goes on."""
+    found = [] if (caution := built.method.caution()) is None else [caution]
+    if built.config.precision == "bf16" and built.device.type == "cpu" and runtime.lacks_bf16():
+        found.append("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
+    if built.config.clients_at_once > 1 and built.trainer.recorder is not None:
+        found.append(
+            f"clients_at_once={built.config.clients_at_once}: clients that train at once are not recorded (cuda_graphs): one "
+            "after another LeNet-5's were five times as fast on an H200"
+        )
+    return found
+
+
 def _play(built: Federation, run: Run, state: State | None, history: list[Record]) -> None:
     """Play what is left of a run, on the ranks that are left; without a state, from its opening on."""
     run.faults = runtime.faults(built.comm.rank)
     if run.owner:  # not before it trains here: reports take what a run has run on from this line
         log.info("%s", run_folder.hardware_line(runtime.hardware()))
-    if built.config.precision == "bf16" and built.device.type == "cpu" and run.owner and runtime.lacks_bf16():
-        log.warning("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
-    if run.owner and (caution := built.method.caution()) is not None:
-        log.warning("%s", caution)
+        for caution in _cautions(built):
+            log.warning("%s", caution)
     if built.comm.unshared and built.comm.node_rank == 0:
         log.warning("%s", built.comm.unshared)
     while True:

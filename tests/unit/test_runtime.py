@@ -15,7 +15,7 @@ import torch
 from alone import Alone
 from test_methods import build
 
-from feddip_mpi import rounds, runtime, session
+from feddip_mpi import graphs, rounds, runtime, session
 from feddip_mpi.errors import InputError
 from feddip_mpi.run_folder import RunFolder
 from feddip_mpi.settings import Config
@@ -219,6 +219,16 @@ def test_bf16_that_is_emulated_is_told_once(
     built = build("feddip", precision=precision)
     session._play(built, run, rounds.initial_state(built), [])
     assert ("bf16 is emulated by this CPU" in caplog.text) == said
+
+
+@pytest.mark.parametrize(("at_once", "recorded", "said"), [(2, True, True), (2, False, False), (1, True, False)])
+def test_that_clients_at_once_are_not_recorded_is_told(at_once: int, recorded: bool, said: bool) -> None:
+    built = build("feddip", clients_at_once=at_once)
+    built.trainer.recorder = graphs.Recorder() if recorded else None
+    assert session._cautions(built) == [
+        f"clients_at_once={at_once}: clients that train at once are not recorded (cuda_graphs): one after another LeNet-5's were "
+        "five times as fast on an H200"
+    ] * said  # fmt: skip
 
 
 @pytest.mark.parametrize("version", [1, 2])
