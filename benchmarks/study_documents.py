@@ -1,7 +1,7 @@
 """Tables and figures of the study, from its run folders into README.md and docs/results.
 
     python benchmarks/study_documents.py runs/fashion-mnist-short
-    python benchmarks/study_documents.py --short runs/cifar10-alexnet-short runs/cifar100-resnet18-short
+    python benchmarks/study_documents.py runs/cifar10-alexnet-short runs/cifar100-resnet18-short --evaluations cifar-short
 
 What has been run so far counts; the same command again takes up what has finished since. Written are the parts between
 `<!-- study -->` and `<!-- end study -->` in README.md and docs/results/study.md, and docs/results/study/: the report's

@@ -450,7 +450,7 @@ class Config(_Section):
     cuda_graphs: typing.Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)] = Field(
         "auto",
         description="a GPU is told of a client's step once and then starts it with a single launch, to the same bits; auto: with "
-        "the networks of this program; on: with any, which must draw and decide on the GPU alone",
+        "the networks of this program, but not on AMD's GPUs; on: with any, which must draw and decide on the GPU alone",
     )
     memory_fraction: float = Field(
         1.0, gt=0, le=1, description="share of its GPU's memory that a rank may take; for several ranks a GPU"
