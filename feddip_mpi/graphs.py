@@ -8,9 +8,10 @@ it changes no bit.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,18 @@ from feddip_mpi.errors import InputError
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 # Recording takes as long as a handful of steps, and a batch of a size that hardly ever comes is not worth it.
 _USES = 4
 # Clients of different sizes end their epochs with batches of as many sizes, and every recording keeps some memory of its own.
+# What was not started for longest makes room: the first mask and the first penalty make all forms new ones.
 _MOST = 16
+# A recorded step is a launch or two, of which a GPU's queue takes a thousand: without a limit the host would tell it of a whole
+# client at once, and notice neither a stop nor a rank's death before that client's end.
+_AHEAD = 8
+# From there on torch finds the generators that a recording draws from by itself, and warns whoever names them.
+_FINDS_GENERATORS = (2, 14)
 
 
 @dataclass(frozen=True)
@@ -36,17 +45,24 @@ class _Recording:
 class Recorder:
     """Recordings of one kind of work, by form. They share their memory, that of the largest: one is under way at a time.
 
+    The host is at most sixteen starts ahead of the GPU.
+
     Attributes:
         recorded: how many there are.
+        made: how many were made, with those that made room for others.
     """
 
     def __init__(self, generators: Sequence[torch.Generator] = ()) -> None:
         """`generators`: besides torch's own, those that the work draws from."""
         self._generators = tuple(generators)
         self._uses: Counter[Hashable] = Counter()
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._needed: dict[Hashable, int] = {}
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()  # by their last start, the newest last
         self._pool: object = None
-        self._most = _MOST
+        self._has_room = True
+        self._started = 0
+        self._reached: Callable[[], None] | None = None
+        self.made = 0
 
     @property
     def recorded(self) -> int:
@@ -65,16 +81,34 @@ class Recorder:
             InputError: this work cannot be recorded. Torch does not find back to what it was before that.
         """
         recording = self._recordings.get(form)
-        if recording is None and self.recorded < self._most:
+        if recording is None and self._has_room:
             self._uses[form] += 1
-            if self._uses[form] >= _USES:
+            if self._uses[form] >= self._needed.get(form, _USES):
                 recording = self._record(form, inputs, work)
         if recording is None:
             work(*inputs)
             return
+        self._recordings.move_to_end(form)
         for own, given in zip(recording.inputs, inputs, strict=True):
             own.copy_(given)
         recording.start()
+        self._started += 1
+        if self._started % _AHEAD == 0:
+            reached, self._reached = self._reached, mark()
+            if reached is not None:
+                reached()
+
+    def drop(self) -> bool:
+        """Give back the memory of all recordings, and make no more; whether there were any."""
+        if not self._recordings:
+            return False
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # one may be under way
+        log.warning("cuda_graphs: the GPU's memory ran out; the recorded steps (%d) are dropped", self.recorded)
+        self._recordings.clear()
+        self._pool, self._has_room = None, False
+        torch.cuda.empty_cache()
+        return True
 
     def _record(self, form: Hashable, inputs: Sequence[Tensor], work: Callable[..., None]) -> _Recording | None:
         """Computes nothing. None where the GPU has no memory for another one, from then on."""
@@ -82,7 +116,7 @@ class Recorder:
         try:
             start, self._pool = capture(lambda: work(*own), self._generators, self._pool)
         except torch.cuda.OutOfMemoryError:
-            self._most = self.recorded
+            self._has_room = False
             log.warning("cuda_graphs: the GPU has no memory to record more steps (recorded: %d)", self.recorded)
             return None
         except RuntimeError as error:
@@ -93,7 +127,29 @@ class Recorder:
                 "forward pass neither waits for the GPU nor decides by values, and room on the GPU; or `resume` with "
                 "cuda_graphs=off, which changes no bit"
             ) from error
-        return self._recordings.setdefault(form, _Recording(own, start))
+        self.made += 1
+        recording = self._recordings[form] = _Recording(own, start)
+        if self.recorded > _MOST:
+            # Now: capturing has waited for whatever was under way, and the newest keeps their memory alive.
+            oldest, _ = self._recordings.popitem(last=False)
+            # With more forms than places in turn, one that is worth less is recorded less and less often.
+            self._uses[oldest], self._needed[oldest] = 0, 2 * self._needed.get(oldest, _USES)
+        return recording
+
+
+def with_room(recorder: Recorder | None, work: Callable[[], Result]) -> Result:
+    """What `work` returns; where the GPU's memory runs out, once more without recordings, which keep theirs for themselves.
+
+    Args:
+        work: may begin again from nothing.
+    """
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError:
+        if recorder is None or not recorder.recorded:
+            raise
+    recorder.drop()  # not before the error has gone, and what it holds
+    return work()
 
 
 def capture(
@@ -105,8 +161,9 @@ def capture(
         RuntimeError: the work waits for the GPU, or is told something that cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _FINDS_GENERATORS:
+        for generator in generators:
+            graph.register_generator_state(generator)
     torch.cuda.synchronize()
     before = torch.cuda.current_stream()
     try:
@@ -119,3 +176,10 @@ def capture(
     # busy GPU that could come after the first start had set its offset, and the same random numbers were drawn twice.
     torch.cuda.synchronize()
     return graph.replay, graph.pool()
+
+
+def mark() -> Callable[[], None]:
+    """Returns what waits until the GPU has done all that the current stream has been told so far."""
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from feddip_mpi import descent, generators
+from feddip_mpi import descent, generators, graphs
 from feddip_mpi.batches import Batches, DeviceData, batch_bounds
 from feddip_mpi.data import augment
 from feddip_mpi.errors import Abandoned, InputError
-from feddip_mpi.graphs import Recorder
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.streams import stream, torch_seed
 from feddip_mpi.vector import BoundModel
@@ -100,6 +101,20 @@ def _deterministic_or_told() -> Iterator[None]:
         ) from error
 
 
+Given = ParamSpec("Given")
+Train = Callable[Concatenate["LocalTrainer", Given], LocalResult]
+
+
+def _with_room(train: Train[Given]) -> Train[Given]:
+    """See `graphs.with_room`; a client that begins again draws the same numbers."""
+
+    @wraps(train)
+    def begun(self: LocalTrainer, /, *given: Given.args, **named: Given.kwargs) -> LocalResult:
+        return graphs.with_room(self.recorder, lambda: train(self, *given, **named))
+
+    return begun
+
+
 @dataclass(frozen=True)
 class _Client:
     """What the steps of a client have in common.
@@ -139,12 +154,13 @@ class LocalTrainer:
                 module.generator = self._generator
         self._large = bound.vector.device.type == "cpu" and layout.parameters > descent.PIECE
         self._rate, self._penalty, self._loss_sum = (self._weights.new_empty(()) for _ in range(3))
-        self.recorder = Recorder([self._generator]) if record and hook is None else None
+        self.recorder = graphs.Recorder([self._generator]) if record and hook is None else None
         if self.recorder is not None:
             self._kept = self._weights.new_empty(layout.prunable)
             self._received = torch.empty_like(bound.vector) if rule.proximal else None
 
     @_deterministic_or_told()
+    @_with_room
     def train(
         self,
         received: Tensor,

@@ -166,7 +166,10 @@ def device_budget(config: Config, device: torch.device) -> int:
     if config.upload.residual_device_memory is not None:
         return config.upload.residual_device_memory * 2**20
     free, total = torch.cuda.mem_get_info(device)
-    return int(min(free, config.memory_fraction * total)) // _SHARE_OF_DEVICE
+    own = free
+    if config.memory_fraction < 1:
+        own = int(config.memory_fraction * total) - torch.cuda.memory_reserved(device)
+    return max(0, min(free, own)) // _SHARE_OF_DEVICE
 
 
 def require_folder(policy: UploadConfig) -> None:

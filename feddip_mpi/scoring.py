@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from feddip_mpi import evaluate, placement, schedules
+from feddip_mpi import evaluate, graphs, placement, schedules
 from feddip_mpi.evaluate import BatchScores, Scores
 from feddip_mpi.federation import Federation
 from feddip_mpi.metrics import Record
@@ -91,5 +91,7 @@ def _loads(federation: Federation, placed: Mapping[int, int]) -> list[float]:
 def _score(
     federation: Federation, weights: Tensor, batches: Collection[int], give_up: Callable[[], bool] = lambda: False
 ) -> BatchScores:
-    size = federation.config.eval.batch_size
-    return evaluate.score(federation.bound, weights, federation.test_data, size, batches, give_up)
+    size, recorder = federation.config.eval.batch_size, federation.trainer.recorder
+    return graphs.with_room(
+        recorder, lambda: evaluate.score(federation.bound, weights, federation.test_data, size, batches, give_up)
+    )

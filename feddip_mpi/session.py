@@ -366,7 +366,8 @@ def _cautions(built: Federation) -> list[str]:
     found = [] if (caution := built.method.caution()) is None else [caution]
     if built.config.precision == "bf16" and built.device.type == "cpu" and runtime.lacks_bf16():
         found.append("precision: bf16 is emulated by this CPU, which has no instructions for it: fp32 will be faster")
-    if built.config.clients_at_once > 1 and built.trainer.recorder is not None:
+    several = built.config.participants > built.comm.size  # else each rank's client trains alone, recorded
+    if built.config.clients_at_once > 1 and several and built.trainer.recorder is not None:
         found.append(
             f"clients_at_once={built.config.clients_at_once}: clients that train at once are not recorded (cuda_graphs): one "
             "after another LeNet-5's were five times as fast on an H200"

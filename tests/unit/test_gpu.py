@@ -16,6 +16,7 @@ from alone import Alone
 from torch import Tensor, nn
 
 from feddip_mpi import config, errors, federation, graphs, rounds, runtime, staging
+from feddip_mpi.local import LocalTrainer
 from feddip_mpi.models.dropout import Dropout
 from feddip_mpi.schedules import plan_round
 
@@ -92,6 +93,38 @@ def test_recorded_steps_change_no_bit(values: dict[str, Any], monkeypatch: pytes
     recorded = test_devices.run(GPU, cuda_graphs="on", **values)
     assert len(seen) >= 2
     assert not differing(plain, recorded)
+
+
+# Clients of all sizes, a dense beginning, masks, a penalty: more forms than places, and recordings that make room.
+UNEQUAL: dict[str, Any] = {
+    "rounds": 8, "clients": 30, "participants": 8, "local_epochs": 5, "batch_size": 12,
+    "mask": {"initial": "none", "every": 3, "freeze_after": 1.0}, "penalty": {"maximum": 0.01, "steps": 4},
+    "data": {
+        "name": "synthetic", "partition": "dirichlet", "alpha": 0.5,
+        "synthetic": {**test_devices.SMALL, "train_samples": 600},
+    },
+}  # fmt: skip
+
+
+def test_recordings_that_make_room_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = test_devices.run(GPU, cuda_graphs="off", **UNEQUAL)
+    seen = counting(monkeypatch)
+    assert not differing(plain, test_devices.run(GPU, cuda_graphs="on", **UNEQUAL)) and len(seen) > 20
+
+
+def test_a_client_that_had_no_memory_beside_recordings_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is full once all others have trained; recordings then give their memory back."""
+    plain = test_devices.run(GPU, cuda_graphs="off", **UNEQUAL)
+    backward, given_back = LocalTrainer._backward, []
+
+    def full(self: LocalTrainer, *batch: Tensor) -> Any:
+        if self.recorder is not None and self.recorder.recorded > 5:
+            given_back.append(self.recorder.recorded)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return backward(self, *batch)
+
+    monkeypatch.setattr(LocalTrainer, "_backward", full)
+    assert not differing(plain, test_devices.run(GPU, cuda_graphs="on", **UNEQUAL)) and given_back == [6]
 
 
 @pytest.mark.parametrize("name", ["lenet5", "alexnet", "resnet18", "vgg11"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock, Mock, call
 
 import numpy as np
 import pytest
 import torch
+from test_methods import build
 from torch import Tensor, nn
 
-from feddip_mpi import config, federation, graphs
+from feddip_mpi import config, evaluate, federation, graphs, scoring
 from feddip_mpi.batches import DeviceData
 from feddip_mpi.errors import InputError
 from feddip_mpi.local import LocalHook, LocalRule, LocalTrainer
@@ -35,6 +37,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return again(*arguments)
 
     monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "mark", lambda: lambda: None)
     return seen
 
 
@@ -98,11 +101,90 @@ def test_without_memory_for_more_it_goes_on_with_what_it_has(
     ]
 
 
-def test_recordings_have_a_limit(recordings: list[tuple[Any, ...]]) -> None:
+@pytest.mark.parametrize(("version", "registers"), [
+    ("2.4.1", True), ("2.13.0+cpu", True), ("2.14.0a0+4fdf77b940", False), ("3.0.0", False),
+])  # fmt: skip
+def test_generators_are_named_where_torch_does_not_find_them(
+    version: str, registers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, generator, work = Mock(), torch.Generator(), Mock()
+    for name, value in {"CUDAGraph": lambda: graph, "graph": MagicMock(), "synchronize": Mock()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    monkeypatch.setattr(torch, "__version__", version)
+    start, pool = graphs.capture(work, [generator], None)
+    assert (start, pool) == (graph.replay, graph.pool())
+    assert graph.register_generator_state.mock_calls == [call(generator)] * registers
+    work.assert_called_once_with()
+
+
+def test_recordings_make_room_for_others(recordings: list[tuple[Any, ...]]) -> None:
+    """Sixteen are kept, those that were started last; one that made room has to come twice as often to be recorded again."""
     recorder, out = graphs.Recorder(), []
-    for number in range(400):
-        recorder.run(number % 40, [torch.tensor(number)], lambda x: out.append(int(x)))
-    assert out == list(range(400)) and recorder.recorded == len(recordings) == 16
+
+    def run(form: int, times: int) -> list[int]:
+        """By each time the number of recordings made until then."""
+        made = []
+        for _ in range(times):
+            recorder.run(form, [torch.tensor(form)], lambda x: out.append(int(x)))
+            made.append(recorder.made)
+        return made
+
+    for form in range(16):
+        run(form, 4)
+        run(0, 1)
+    assert recorder.made == recorder.recorded == len(recordings) == 16
+    run(16, 4)  # the first one's place: 1, as 0 was started since
+    assert (recorder.made, recorder.recorded) == (17, 16)
+    assert run(0, 5) == [17] * 5 and run(16, 5) == [17] * 5
+    assert run(1, 8) == [17] * 7 + [18]
+    for form in (*range(100, 116), 1):
+        run(form, 4)
+    assert recorder.recorded == 16 and recorder.made == 34, "1 needs more"
+    assert run(1, 12) == [34] * 11 + [35]
+    assert len(out) == 16 * 5 + 4 + 10 + 8 + 17 * 4 + 12, "whatever is recorded, everything is computed"
+
+
+def test_the_first_penalty_and_mask_are_recorded_though_rests_took_all_places(
+    recordings: list[tuple[Any, ...]],
+) -> None:
+    """As with Dirichlet(0.5) clients, each of whom ends its epochs with a batch of a size of its own."""
+    recorder = graphs.Recorder()
+    for phase in ("dense", "pruned", "penalised"):
+        recorded = 0
+        for client in range(40):
+            for _ in range(5):
+                for form in [(64, phase)] * 6 + [(client, phase)]:
+                    done = len(recordings)
+                    recorder.run(form, [torch.tensor(0)], lambda x: None)
+                    recorded += form in recorder._recordings and len(recordings) == done
+        assert recorded > 0.85 * 40 * 5 * 7, phase
+    assert recorder.recorded == 16
+
+
+def test_the_host_is_at_most_sixteen_steps_ahead(
+    recordings: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps begun, and those that are waited for."""
+    begun, waited = 0, 0
+
+    def mark() -> Callable[[], None]:
+        told = begun
+
+        def reached() -> None:
+            nonlocal waited
+            waited = told
+
+        return reached
+
+    monkeypatch.setattr(graphs, "mark", mark)
+    recorder = graphs.Recorder()
+    for number in range(100):
+        begun += number >= 3  # three are not recorded
+        recorder.run("step", [torch.tensor(number)], lambda x: None)
+        assert begun - waited <= 16
+    assert waited >= 80
 
 
 @pytest.mark.parametrize(("name", "graphs_", "recorded"), [
@@ -168,6 +250,62 @@ def test_recorded_clients_are_the_others(rule: LocalRule, recordings: list[tuple
     assert plain.recorder is None
     for arguments in recordings:
         assert list(arguments[1]) == [recorded._generator]
+
+
+def test_a_client_that_has_no_memory_beside_recordings_begins_again_without(
+    recordings: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, recorded = trainer(RULE, False), trainer(RULE, True)
+    start = flatten(plain.bound.model, plain.bound.layout)
+    mask = torch.ones(plain.bound.layout.prunable, dtype=torch.bool)
+    given = (start, mask, np.arange(21), 0.1, 0.1, 0, 0)
+    backward, calls = LocalTrainer._backward, 0
+
+    def full(self: LocalTrainer, *batch: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        if self.recorder is not None and self.recorder.recorded and calls > 9:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return backward(self, *batch)
+
+    expected = plain.train(*given)
+    monkeypatch.setattr(LocalTrainer, "_backward", full)
+    found = recorded.train(*given)
+    assert calls == 10 + 12 and len(recordings) == 1
+    torch.testing.assert_close(found.update, expected.update, rtol=2e-5, atol=2e-6)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert recorded.recorder is not None and recorded.recorder.recorded == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "cuda_graphs: the GPU's memory ran out; the recorded steps (1) are dropped"
+    ]
+    recorded.train(*given)
+    assert recorded.recorder.recorded == 0 and len(recordings) == 1, "no more are made"
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(LocalTrainer, "_backward", Mock(side_effect=error))
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # without recordings there is nothing to give back
+        recorded.train(*given)
+
+
+def test_an_evaluation_that_has_no_memory_beside_recordings_is_done_again(
+    recordings: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build("feddip")
+    expected = scoring.score_model(built, built.initial)
+    recorder = built.trainer.recorder = graphs.Recorder()
+    for _ in range(4):
+        recorder.run("step", [torch.tensor(0)], lambda x: None)
+    score, error = evaluate.score, torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def full(*given: Any) -> Any:
+        if recorder.recorded:
+            raise error
+        return score(*given)
+
+    monkeypatch.setattr(evaluate, "score", full)
+    assert scoring.score_model(built, built.initial) == expected and not recorder.recorded
+    monkeypatch.setattr(evaluate, "score", Mock(side_effect=error))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        scoring.score_model(built, built.initial)
 
 
 def test_a_client_that_trains_beside_others_is_not_recorded(recordings: list[tuple[Any, ...]]) -> None:

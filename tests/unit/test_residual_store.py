@@ -173,8 +173,14 @@ def test_residuals_stay_on_the_gpu_while_there_is_room(tmp_path: Path, half: boo
 
 def test_the_gpus_share_follows_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60_000, 80_000))
+    reserved = 0
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     assert device_budget(config.parse(""), GPU) == 7_500
     assert device_budget(config.parse("memory_fraction: 0.5"), GPU) == 5_000
+    reserved = 24_000  # what it has taken is gone from what is free, and from its share
+    assert device_budget(config.parse(""), GPU) == 7_500
+    assert device_budget(config.parse("memory_fraction: 0.5"), GPU) == 2_000
+    assert device_budget(config.parse("memory_fraction: 0.2"), GPU) == 0
     assert device_budget(config.parse("upload: {residual_device_memory: 3}"), GPU) == 3 * 2**20
     assert device_budget(config.parse("upload: {residual_device_memory: 0}"), GPU) == 0
     assert device_budget(config.parse("upload: {residual_device_memory: 3}"), torch.device("cpu")) == 0

@@ -221,9 +221,14 @@ def test_bf16_that_is_emulated_is_told_once(
     assert ("bf16 is emulated by this CPU" in caplog.text) == said
 
 
-@pytest.mark.parametrize(("at_once", "recorded", "said"), [(2, True, True), (2, False, False), (1, True, False)])
-def test_that_clients_at_once_are_not_recorded_is_told(at_once: int, recorded: bool, said: bool) -> None:
-    built = build("feddip", clients_at_once=at_once)
+@pytest.mark.parametrize(
+    ("at_once", "recorded", "participants", "said"),
+    [(2, True, 2, True), (2, True, 1, False), (2, False, 2, False), (1, True, 2, False)],
+)
+def test_that_clients_at_once_are_not_recorded_is_told(
+    at_once: int, recorded: bool, participants: int, said: bool
+) -> None:
+    built = build("feddip", clients_at_once=at_once, participants=participants)
     built.trainer.recorder = graphs.Recorder() if recorded else None
     assert session._cautions(built) == [
         f"clients_at_once={at_once}: clients that train at once are not recorded (cuda_graphs): one after another LeNet-5's were "
