@@ -98,17 +98,14 @@ class Recorder:
             if reached is not None:
                 reached()
 
-    def drop(self) -> bool:
-        """Give back the memory of all recordings, and make no more; whether there were any."""
-        if not self._recordings:
-            return False
+    def drop(self) -> None:
+        """Give back the memory of all recordings, and make no more."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # one may be under way
         log.warning("cuda_graphs: the GPU's memory ran out; the recorded steps (%d) are dropped", self.recorded)
         self._recordings.clear()
         self._pool, self._has_room = None, False
         torch.cuda.empty_cache()
-        return True
 
     def _record(self, form: Hashable, inputs: Sequence[Tensor], work: Callable[..., None]) -> _Recording | None:
         """Computes nothing. None where the GPU has no memory for another one, from then on."""
