@@ -18,6 +18,10 @@ class InputError(FeddipError):
     exit_code = 2
 
 
+class UnrecordableError(InputError):
+    """A client's step cannot become a CUDA graph. Torch does not find back from that: this rank's GPU computes nothing more."""
+
+
 class DamagedFileError(FeddipError):
     """A file of ours exists but its content does not verify."""
 

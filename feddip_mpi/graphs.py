@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from feddip_mpi.errors import InputError
+from feddip_mpi.errors import UnrecordableError
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Recorder:
                 or writes lies where it lay when that form was first given.
 
         Raises:
-            InputError: this work cannot be recorded. Torch does not find back to what it was before that.
+            UnrecordableError: this work cannot be recorded.
         """
         recording = self._recordings.get(form)
         if recording is None and self._has_room:
@@ -119,7 +119,7 @@ class Recorder:
         except RuntimeError as error:
             # Capturing ends with an error of its own, behind which is what could not be captured.
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            raise InputError(
+            raise UnrecordableError(
                 f"cuda_graphs: a client's step cannot be recorded ({str(cause).partition(chr(10))[0]}); allowed: a network whose "
                 "forward pass neither waits for the GPU nor decides by values, and room on the GPU; or `resume` with "
                 "cuda_graphs=off, which changes no bit"

@@ -30,7 +30,7 @@ from feddip_mpi import (
 from feddip_mpi.aggregate import Aggregate
 from feddip_mpi.codec import SUPPORT, Bytes
 from feddip_mpi.collectives import Communicator
-from feddip_mpi.errors import Abandoned, FeddipError, InputError, NumericalError, PeerError, RankLost
+from feddip_mpi.errors import Abandoned, FeddipError, InputError, NumericalError, PeerError, RankLost, UnrecordableError
 from feddip_mpi.exchange import Exchange, Task
 from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
@@ -199,8 +199,9 @@ def _line_of_the_round_before(
         raise
     except BaseException as error:
         if earlier is not None:
-            # Ranks that end together can score it; of an abandoned round there is no time, and whoever resumes does it.
-            if isinstance(error, FeddipError) and error.shared and not isinstance(error, Abandoned):
+            # Ranks that end together can score it; where there is no time, or a GPU that can, whoever resumes does it.
+            unable = isinstance(error, (Abandoned, UnrecordableError))
+            if isinstance(error, FeddipError) and error.shared and not unable:
                 _score_now(federation, state, life)
             report(earlier)
         raise

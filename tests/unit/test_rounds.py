@@ -11,8 +11,9 @@ from alone import Alone
 from test_methods import build, play
 from together import Together, together
 
-from feddip_mpi import control, local, metrics, records, rounds
+from feddip_mpi import control, errors, local, metrics, records, rounds
 from feddip_mpi.federation import Federation
+from feddip_mpi.life import Life
 from feddip_mpi.rounds import Choice, State
 from feddip_mpi.schedules import RoundPlan, plan_round
 from feddip_mpi.support import Support
@@ -170,3 +171,21 @@ def test_a_checkpoint_that_is_overdue_is_written() -> None:
     saver = Saver(overdue=(2,))
     run(build("feddip", checkpoint={"every": 3}), saver)
     assert saver.saved == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("error", "scored"), [
+    (errors.InputError, True), (errors.NumericalError, True), (errors.Abandoned, False),
+    (errors.UnrecordableError, False), (KeyError, False),
+])  # fmt: skip
+def test_the_round_before_one_that_fails_is_scored_by_ranks_that_can(
+    error: type[Exception], scored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, told = build("feddip"), []
+    state = rounds.initial_state(built)
+    record = state.unscored = {"round": 1, "test_accuracy": None}
+    monkeypatch.setattr(rounds, "_score_now", lambda *_: record.update(test_accuracy=0.5))
+    failed = error("of every rank")
+    failed.shared = True  # type: ignore[attr-defined]
+    with pytest.raises(error), rounds._line_of_the_round_before(built, state, told.append, Life()):
+        raise failed
+    assert told == [record] and record["test_accuracy"] == (0.5 if scored else None)
