@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from feddip_mpi.collectives import Communicator
 
 EXIT_CODES = """\b
-Exit codes: 0 done; 2 wrong input, nothing started; 3 a damaged file;
+Exit codes: 0 done; 2 wrong input, nothing lost; 3 a damaged file;
 4 training diverged; 5 ranks disagree; 6 a rank died; 7 another job has
 the run folder; 75 stopped by a signal after saving (resume goes on);
 others are failures."""

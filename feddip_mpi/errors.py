@@ -13,7 +13,7 @@ class FeddipError(Exception):
 
 
 class InputError(FeddipError):
-    """Wrong configuration, command line or data: nothing was started, nothing is lost."""
+    """Wrong configuration, command line or data: nothing was started, or it shows while a network trains; nothing is lost."""
 
     exit_code = 2
 

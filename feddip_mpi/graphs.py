@@ -59,7 +59,7 @@ class Recorder:
         self._needed: dict[Hashable, int] = {}
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()  # by their last start, the newest last
         self._pool: object = None
-        self._has_room = True
+        self._has_room, self._was_full = True, False
         self._started = 0
         self._reached: Callable[[], None] | None = None
         self.made = 0
@@ -100,23 +100,33 @@ class Recorder:
 
     def drop(self) -> None:
         """Give back the memory of all recordings, and make no more."""
+        log.warning(
+            "cuda_graphs: the GPU's memory ran out; the recorded steps (%d) are dropped, and steps are slower from here on",
+            self.recorded,
+        )
+        self._has_room = False
+        self._clear()
+
+    def _clear(self) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # one may be under way
-        log.warning("cuda_graphs: the GPU's memory ran out; the recorded steps (%d) are dropped", self.recorded)
         self._recordings.clear()
-        self._pool, self._has_room = None, False
+        self._pool = None
         torch.cuda.empty_cache()
 
     def _record(self, form: Hashable, inputs: Sequence[Tensor], work: Callable[..., None]) -> _Recording | None:
-        """Computes nothing. None where the GPU has no memory for another one, from then on."""
+        """Computes nothing. None where the GPU has no memory for another one beside the others; those are then gone."""
         own = tuple(given.clone() for given in inputs)
         try:
             start, self._pool = capture(lambda: work(*own), self._generators, self._pool)
-        except torch.cuda.OutOfMemoryError:
-            self._has_room = False
-            log.warning("cuda_graphs: the GPU has no memory to record more steps (recorded: %d)", self.recorded)
-            return None
         except RuntimeError as error:
+            if _is_out_of_memory(error):
+                # They may be of steps that do not come again, and memory may have been short for a moment: once more, from none.
+                log.warning("cuda_graphs: the GPU has no memory to record another step (recorded: %d)", self.recorded)
+                self._has_room = bool(self._recordings) and not self._was_full
+                self._was_full = True
+                self._clear()
+                return None
             # Capturing ends with an error of its own, behind which is what could not be captured.
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             raise UnrecordableError(
@@ -142,11 +152,16 @@ def with_room(recorder: Recorder | None, work: Callable[[], Result]) -> Result:
     """
     try:
         return work()
-    except torch.cuda.OutOfMemoryError:
-        if recorder is None or not recorder.recorded:
+    except RuntimeError as error:
+        if recorder is None or not recorder.recorded or not _is_out_of_memory(error):
             raise
     recorder.drop()  # not before the error has gone, and what it holds
     return work()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Torch's own memory, or the driver's, in which recordings lie."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
 
 
 def capture(

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 
 import torch
 
-from feddip_mpi import generators
+from feddip_mpi import generators, graphs
 from feddip_mpi.errors import InputError
 from feddip_mpi.local import LocalResult, LocalTrainer
 
@@ -85,7 +85,8 @@ class Trainers:
             trainer = self._free.get()
             try:
                 with _on(self._own.stream, own_stream):
-                    result = train(trainer, client, stop.is_set, False)
+                    # The recordings, if any, are the first one's, of rounds in which it trained alone.
+                    result = graphs.with_room(self.all[0].recorder, lambda: train(trainer, client, stop.is_set, False))
                 if own_stream is not None:
                     # This thread's stream frees them not before that one is done with them.
                     for vector in (result.update, *result.extras):

@@ -107,13 +107,38 @@ UNEQUAL: dict[str, Any] = {
 
 
 def test_recordings_that_make_room_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three places only: recordings come and go, and come again."""
     plain = test_devices.run(GPU, cuda_graphs="off", **UNEQUAL)
-    seen = counting(monkeypatch)
-    assert not differing(plain, test_devices.run(GPU, cuda_graphs="on", **UNEQUAL)) and len(seen) > 20
+    record, forms = graphs.Recorder._record, []
+
+    def counted(self: graphs.Recorder, form: Any, *rest: Any) -> Any:
+        forms.append(form)
+        return record(self, form, *rest)
+
+    monkeypatch.setattr(graphs.Recorder, "_record", counted)
+    monkeypatch.setattr(graphs, "_MOST", 3)
+    assert not differing(plain, test_devices.run(GPU, cuda_graphs="on", **UNEQUAL))
+    assert len(set(forms)) > 10 and len(forms) > len(set(forms))
+
+
+def test_a_step_that_has_no_memory_to_be_recorded_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real allocation that fails, in the middle of the fourth recording."""
+    plain = test_devices.run(GPU, cuda_graphs="off", **UNEQUAL)
+    seen, backward, failed = counting(monkeypatch), LocalTrainer._backward, []
+
+    def full(self: LocalTrainer, *batch: Tensor) -> Any:
+        if torch.cuda.is_current_stream_capturing() and len(seen) == 3 and not failed:
+            failed.append(1)
+            torch.empty(2**50, dtype=torch.uint8, device=GPU)
+        return backward(self, *batch)
+
+    monkeypatch.setattr(LocalTrainer, "_backward", full)
+    assert not differing(plain, test_devices.run(GPU, cuda_graphs="on", **UNEQUAL))
+    assert failed and len(seen) > 10
 
 
 def test_a_client_that_had_no_memory_beside_recordings_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU is full once all others have trained; recordings then give their memory back."""
+    """The GPU is full once there are six recordings; they then give their memory back."""
     plain = test_devices.run(GPU, cuda_graphs="off", **UNEQUAL)
     backward, given_back = LocalTrainer._backward, []
 

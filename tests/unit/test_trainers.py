@@ -15,7 +15,7 @@ from alone import Alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from feddip_mpi import config, federation, generators, rounds
+from feddip_mpi import config, federation, generators, graphs, rounds
 from feddip_mpi.errors import Abandoned, InputError, NumericalError
 from feddip_mpi.federation import Federation
 from feddip_mpi.life import Life
@@ -226,7 +226,7 @@ def test_who_diverges_is_told_as_one_after_another() -> None:
 
 def fakes(count: int) -> Trainers:
     here = SimpleNamespace(vector=torch.zeros(1))
-    return Trainers([SimpleNamespace(bound=here, hook=None) for _ in range(count)], 1)  # type: ignore[misc]
+    return Trainers([SimpleNamespace(bound=here, hook=None, recorder=None) for _ in range(count)], 1)  # type: ignore[misc]
 
 
 def test_the_first_client_that_fails_is_the_one_that_is_told() -> None:
@@ -275,6 +275,28 @@ def test_results_that_wait_are_bounded_and_in_order() -> None:
             with lock:
                 assert len(begun) <= len(got) + 4
     assert got == list(range(20)) and sorted(begun) == got
+
+
+def test_clients_at_once_take_the_memory_of_what_was_recorded_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings are the first trainer's, whichever runs out of memory."""
+    monkeypatch.setattr(graphs, "capture", lambda work, *_: (work, "pool"))
+    both = fakes(2)
+    recorder = both.all[0].recorder = graphs.Recorder()
+    for _ in range(4):
+        recorder.run("step", [torch.zeros(1)], lambda x: None)
+    tried = []
+
+    def train(trainer: Any, client: int, give_up: Callable[[], bool], alone: bool) -> Any:
+        tried.append(client)
+        if recorder.recorded and trainer is both.all[1]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        while recorder.recorded:  # under way meanwhile
+            time.sleep(0.001)
+        return SimpleNamespace(update=torch.full((1,), float(client)), extras=())
+
+    with closing(both.results(range(4), train, lambda: False)) as results:
+        assert [int(result.update) for result in results] == [0, 1, 2, 3]
+    assert len(tried) == 5 and not recorder.recorded
 
 
 def test_a_network_that_draws_from_the_global_generators_is_refused() -> None:
