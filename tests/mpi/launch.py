@@ -185,6 +185,8 @@ def _command(ranks: int | None, library: str, pictures: bool) -> tuple[list[str]
     command = [mpirun, "-n", str(ranks)]
     if library == "mpich":
         environment["MPI4PY_LIBMPI"] = str(Path(os.environ["FEDDIP_MPICH"]) / "lib" / "libmpi.so.12")
+        # Ranks that wait leave the cores, of which there are fewer, to those that work: a quarter of their processor time.
+        environment = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"} | environment
     if kind.startswith("openmpi"):
         command += ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
         command += ["--with-ft", "ulfm"] if library == "ulfm" else []
