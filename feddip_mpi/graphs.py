@@ -49,7 +49,6 @@ class Recorder:
 
     Attributes:
         recorded: how many there are.
-        made: how many were made, with those that made room for others.
     """
 
     def __init__(self, generators: Sequence[torch.Generator] = ()) -> None:
@@ -62,7 +61,6 @@ class Recorder:
         self._has_room, self._was_full = True, False
         self._started = 0
         self._reached: Callable[[], None] | None = None
-        self.made = 0
 
     @property
     def recorded(self) -> int:
@@ -134,7 +132,6 @@ class Recorder:
                 "forward pass neither waits for the GPU nor decides by values, and room on the GPU; or `resume` with "
                 "cuda_graphs=off, which changes no bit"
             ) from error
-        self.made += 1
         recording = self._recordings[form] = _Recording(own, start)
         if self.recorded > _MOST:
             # Now: capturing has waited for whatever was under way, and the newest keeps their memory alive.

@@ -151,20 +151,20 @@ def test_recordings_make_room_for_others(recordings: list[tuple[Any, ...]]) -> N
         made = []
         for _ in range(times):
             recorder.run(form, [torch.tensor(form)], lambda x: out.append(int(x)))
-            made.append(recorder.made)
+            made.append(len(recordings))
         return made
 
     for form in range(16):
         run(form, 4)
         run(0, 1)
-    assert recorder.made == recorder.recorded == len(recordings) == 16
+    assert recorder.recorded == len(recordings) == 16
     run(16, 4)  # the first one's place: 1, as 0 was started since
-    assert (recorder.made, recorder.recorded) == (17, 16)
+    assert (len(recordings), recorder.recorded) == (17, 16)
     assert run(0, 5) == [17] * 5 and run(16, 5) == [17] * 5
     assert run(1, 8) == [17] * 7 + [18]
     for form in (*range(100, 116), 1):
         run(form, 4)
-    assert recorder.recorded == 16 and recorder.made == 34, "1 needs more"
+    assert recorder.recorded == 16 and len(recordings) == 34, "1 needs more"
     assert run(1, 12) == [34] * 11 + [35]
     assert len(out) == 16 * 5 + 4 + 10 + 8 + 17 * 4 + 12, "whatever is recorded, everything is computed"
 
